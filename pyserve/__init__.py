@@ -1,0 +1,40 @@
+"""Resumable LLM token streams for aiohttp."""
+
+from pyserve.app import create_app, setup
+from pyserve.config import Config
+from pyserve.delivery import stream_response
+from pyserve.errors import (
+    ApiError,
+    ConfigError,
+    EventTooLargeError,
+    EventUnfinishedError,
+    ForkedProcessError,
+    MemoryBudgetError,
+    MissingExtraError,
+    PyserveError,
+    SessionEndedError,
+)
+from pyserve.positions import EARLIEST, START, Position
+from pyserve.sessions import SessionReader, StreamSession, StreamSessionManager
+
+__all__ = [
+    "EARLIEST",
+    "START",
+    "ApiError",
+    "Config",
+    "ConfigError",
+    "EventTooLargeError",
+    "EventUnfinishedError",
+    "ForkedProcessError",
+    "MemoryBudgetError",
+    "MissingExtraError",
+    "Position",
+    "PyserveError",
+    "SessionEndedError",
+    "SessionReader",
+    "StreamSession",
+    "StreamSessionManager",
+    "create_app",
+    "setup",
+    "stream_response",
+]

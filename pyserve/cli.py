@@ -1,0 +1,176 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import click
+from aiohttp import web
+
+from pyserve.app import create_app, drain
+from pyserve.config import GIB, KIB, MIB, Config, Setting, settings
+from pyserve.errors import ConfigError, MissingExtraError
+
+log = logging.getLogger("pyserve")
+
+_ACCESS_LOG_FORMAT = '%a "%r" %s %b %Tf s %{X-Request-Id}o'
+
+# Responses end within SHUTDOWN_DRAIN_S or are reset; this is for what else a handler does then.
+_HANDLER_TIMEOUT_S = 1.0
+
+_SERVE_EPILOG = """\
+\b
+Examples:
+  pyserve serve                                       a demo that needs no model
+  pyserve serve --model qwen3-4b.gguf                 llama.cpp, started and supervised
+  pyserve serve --upstream http://127.0.0.1:8080      in front of a llama-server you run
+  PYSERVE_UPSTREAM_KEY=sk-... pyserve serve --upstream https://api.openai.com
+
+\b
+Then, in another terminal:
+  curl -N http://127.0.0.1:8000/v1/chat/completions -H 'X-Conversation-Id: hello' \\
+       -d '{"stream": true, "messages": [{"role": "user", "content": "Hi"}]}'
+  curl -N http://127.0.0.1:8000/v1/stream/hello       read it again, from anywhere
+  curl -X DELETE http://127.0.0.1:8000/v1/stream/hello     stop it
+"""
+
+
+class ByteSize(click.ParamType[int]):
+    """A number of bytes, or with a unit: 4096, 64KiB, 32MiB, 1GiB."""
+
+    name = "size"
+    _units = {"": 1, "kib": KIB, "mib": MIB, "gib": GIB}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse `value`; fails with a message that shows the forms."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"([0-9]+)\s*([KMG]iB)?", str(value), re.IGNORECASE)
+        if match is None:
+            self.fail(f"{value!r} is not a size such as 4096, 64KiB, 32MiB or 1GiB", param, ctx)
+        return int(match[1]) * self._units[(match[2] or "").lower()]
+
+
+def format_size(size_bytes: int) -> str:
+    """A size in the largest unit that fits it whole."""
+    for unit, factor in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if size_bytes % factor == 0:
+            return f"{size_bytes // factor}{unit}"
+    return str(size_bytes)
+
+
+def _option(setting: Setting) -> click.Option:
+    keywords: dict[str, Any] = {
+        "default": setting.default,
+        "help": setting.help,
+        "envvar": setting.environment_variable,
+        "show_envvar": True,
+    }
+    if setting.type is bool:
+        keywords |= {"is_flag": True}
+    elif setting.unit == "bytes":
+        keywords |= {"type": ByteSize(), "show_default": format_size(setting.default)}
+    elif setting.type is Path:
+        keywords |= {"type": click.Path(path_type=Path), "metavar": "FILE"}
+    else:
+        keywords |= {"type": setting.type, "show_default": setting.default is not None}
+    if setting.unit in ("seconds", "tokens"):
+        keywords |= {"metavar": setting.unit.upper()}
+    return click.Option([setting.option, setting.name], **keywords)
+
+
+@click.group()
+@click.version_option(package_name="pyserve")
+def main() -> None:
+    """LLM token streams that survive the reader."""
+
+
+def _serve(verbose: bool, **values: Any) -> None:
+    """Serve resumable streams in front of an LLM.
+
+    The stream of a POST with an X-Conversation-Id goes on when its reader leaves, and can be read
+    again, from any byte, by anyone who knows the id.
+    """
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    if not (values["upstream"] or values["model"] or values["demo"]):
+        values["demo"] = True
+    try:
+        asyncio.run(_run(Config(**values)))
+    except (ConfigError, MissingExtraError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+main.add_command(
+    click.Command(
+        "serve",
+        callback=_serve,
+        help=_serve.__doc__,
+        epilog=_SERVE_EPILOG,
+        params=[
+            *map(_option, settings()),
+            click.Option(["--verbose", "-v"], is_flag=True, help="Log llama.cpp's lines, too."),
+        ],
+    )
+)
+
+
+class _LoadBar:
+    """A progress bar that appears with the first news and goes with the last."""
+
+    def __init__(self, label: str) -> None:
+        self._bar = click.progressbar(length=100, label=label)
+        self._shown_percent = 0
+
+    def __call__(self, share: float) -> None:
+        percent = int(share * 100)
+        self._bar.update(max(0, percent - self._shown_percent))
+        self._shown_percent = max(percent, self._shown_percent)
+        if percent >= 100:
+            self._bar.render_finish()
+
+
+async def _run(config: Config) -> None:
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for stop_signal in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(stop_signal, stopping.set)
+    label = f"Loading {config.model.name}" if config.model else ""
+    app = create_app(config, on_load_progress=_LoadBar(label))
+    runner = web.AppRunner(
+        app, access_log_format=_ACCESS_LOG_FORMAT, shutdown_timeout=_HANDLER_TIMEOUT_S
+    )
+    try:
+        await runner.setup()
+        site = web.TCPSite(runner, config.host, config.port)
+        try:
+            await site.start()
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {config.host}:{config.port}: {error.strerror}"
+            ) from error
+        _tell_start(config, runner)
+        await stopping.wait()
+        await site.stop()
+        log.info("stopping; running generations have %g s to finish", config.drain_timeout_s)
+        await drain(app, config.drain_timeout_s)
+    finally:
+        await runner.cleanup()
+
+
+def _tell_start(config: Config, runner: web.AppRunner) -> None:
+    if config.demo:
+        click.echo("DEMO: no model is running. Give --model FILE.gguf or --upstream URL for one.")
+    host, port = runner.addresses[0][:2]
+    click.echo(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
+
+
+if __name__ == "__main__":
+    main()

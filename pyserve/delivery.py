@@ -1,0 +1,166 @@
+"""A session's bytes into an aiohttp response.
+
+What a reader can rely on: the body ends cleanly only when the session is over and everything was
+sent. In every other case, a lost prefix, a write that took too long, a shutdown, the connection is
+reset, so that no proxy in between can take a loss for an end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import struct
+import weakref
+from urllib.parse import quote
+
+from aiohttp import hdrs, web
+
+from pyserve.config import Config
+from pyserve.errors import ApiError
+from pyserve.positions import START, Position, parse_event_id, parse_position
+from pyserve.requests import query_values, sole_query_value
+from pyserve.sessions import SessionReader, StreamSession
+
+log = logging.getLogger("pyserve")
+
+_EVENT_STREAM_HEADERS = {
+    hdrs.CONTENT_TYPE: "text/event-stream; charset=utf-8",
+    hdrs.CACHE_CONTROL: "no-cache, no-transform",
+    "X-Accel-Buffering": "no",
+    "X-Content-Type-Options": "nosniff",
+}
+
+# Unsent bytes that asyncio may hold for one reader beside the kernel's buffer.
+_TRANSPORT_BUFFER_BYTES = 64 * 1024
+
+_PRINTABLE_ASCII = "".join(chr(code) for code in range(0x20, 0x7F))
+
+#: Connections that are being written to, so that a shutdown can reset who doesn't read.
+_open_transports: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
+
+
+def position_of(request: web.Request) -> tuple[Position, bool]:
+    """Where the request wants to read from, and whether ``Last-Event-ID`` said so.
+
+    ``Last-Event-ID`` wins over ``from``, since EventSource repeats its URL when it reconnects.
+
+    Raises:
+        ApiError: reason ``invalid_offset``.
+    """
+    ids = [text for text in request.headers.getall("Last-Event-ID", []) if text]
+    if len(ids) > 1:
+        raise ApiError("invalid_offset")
+    if ids:
+        return parse_event_id(ids[0]), True
+    if not query_values(request, "from"):
+        return START, False
+    return parse_position(sole_query_value(request, "from", "invalid_offset")), False
+
+
+def stream_headers(session: StreamSession, offset: int) -> dict[str, str]:
+    """The headers of a response that reads `session` from `offset` on."""
+    return {
+        **_EVENT_STREAM_HEADERS,
+        "X-Conversation-Id": quote(session.conversation_id, safe=_PRINTABLE_ASCII),
+        "X-Stream-Epoch": session.epoch,
+        "X-Stream-Offset": str(offset),
+    }
+
+
+async def stream_response(
+    request: web.Request, session: StreamSession, position: Position | None = None
+) -> web.StreamResponse:
+    """Answer `request` with `session`, from `position` or from where the request says, to its end.
+
+    Without a position in the request that is the start. 204 where an EventSource has nothing to
+    come back for: the session is over and no event follows its ``Last-Event-ID``.
+
+    Raises:
+        ApiError: ``invalid_offset``, ``offset_lost``, ``offset_ahead`` or ``stream_replaced``;
+            nothing was sent.
+    """
+    by_event_id = False
+    if position is None:
+        position, by_event_id = position_of(request)
+    if _nothing_to_come(session, position, by_event_id):
+        return web.Response(status=204)
+    reader = session.read_from(position)
+    try:
+        response = web.StreamResponse(headers=stream_headers(session, reader.offset))
+        if request.method == hdrs.METH_HEAD:
+            return response
+        await response.prepare(request)
+        await _deliver(request, response, reader, session.manager.config)
+        return response
+    finally:
+        reader.close()
+
+
+def _nothing_to_come(session: StreamSession, position: Position, by_event_id: bool) -> bool:
+    now = session.snapshot()
+    if now.is_live or (position.epoch is not None and position.epoch != session.epoch):
+        return False
+    if now.last_event_end == 0:
+        return True
+    return (
+        by_event_id
+        and position.offset is not None
+        and now.last_event_end <= position.offset <= now.end_offset
+    )
+
+
+async def _deliver(
+    request: web.Request, response: web.StreamResponse, reader: SessionReader, config: Config
+) -> None:
+    transport = request.transport
+    if transport is None:
+        return  # gone before the first byte
+    _bound_buffers(transport, config.send_buffer_bytes)
+    _open_transports.add(transport)
+    clock = asyncio.get_running_loop().time
+    try:
+        # One deadline for the whole delivery, armed only while a write waits for the client.
+        async with asyncio.timeout(None) as deadline:
+            async for block in reader:
+                deadline.reschedule(clock() + config.write_timeout_s)
+                await response.write(block)
+                deadline.reschedule(None)
+            deadline.reschedule(clock() + config.write_timeout_s)
+            await response.write_eof()
+    except (ConnectionError, TimeoutError, ApiError) as error:
+        log.info("reader ended at %d: %r", reader.offset, error)
+        reset_connection(transport)
+    except asyncio.CancelledError:
+        reset_connection(transport)
+        raise
+    finally:
+        _open_transports.discard(transport)
+
+
+def _bound_buffers(transport: asyncio.Transport, send_buffer_bytes: int) -> None:
+    transport.set_write_buffer_limits(high=_TRANSPORT_BUFFER_BYTES)
+    connection = transport.get_extra_info("socket")
+    if connection is not None and connection.family != getattr(socket, "AF_UNIX", None):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
+
+
+def reset_connection(transport: asyncio.Transport) -> None:
+    """Drop the connection with a RST: nobody can mistake it for the end of a body, not even a proxy
+    that speaks HTTP/1.0 to us."""
+    connection = transport.get_extra_info("socket")
+    if connection is not None and not transport.is_closing():
+        linger_for_0_s = struct.pack("ii", 1, 0)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_for_0_s)
+    transport.abort()
+
+
+def reset_open_readers() -> None:
+    """Reset whoever is still being written to."""
+    for transport in list(_open_transports):
+        reset_connection(transport)
+
+
+def readers_are_open() -> bool:
+    """Whether any response is still being delivered."""
+    return bool(_open_transports)

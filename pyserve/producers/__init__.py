@@ -1,0 +1,1 @@
+"""Where generations come from: an upstream server, a local model, the demo."""

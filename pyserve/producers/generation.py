@@ -1,0 +1,152 @@
+"""A running generation: one task that produces into one session, whoever reads it.
+
+Until its ``grace`` is over, a generation that fails before it began is *refused*: it leaves no
+session behind, and the POST that asked for it answers with the error. Later the error is told in the
+stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from pyserve.errors import ApiError, Dialect, MemoryBudgetError, SessionEndedError
+from pyserve.sessions import StreamSession, StreamSessionManager
+
+log = logging.getLogger("pyserve")
+
+#: Produces into a session, calls its second argument when the generation has begun, and returns
+#: the reason of a completed ending, usually None. Raises ApiError to fail the session.
+Produce = Callable[[StreamSession, Callable[[], None]], Awaitable[str | None]]
+
+
+class Generation:
+    """One producer at work. Made by :meth:`Generations.start`."""
+
+    def __init__(self, grace_until: float) -> None:
+        self.session: StreamSession
+        self.refused: ApiError | None = None
+        self._grace_until = grace_until
+        self._settled = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def launch(self, produce: Produce) -> None:
+        """Start the task; the session has been made."""
+        self._task = asyncio.create_task(self._run(produce), name=f"generation {self.session!r}")
+
+    async def _run(self, produce: Produce) -> None:
+        try:
+            reason = await produce(self.session, self._begin)
+        except SessionEndedError:
+            pass  # stopped by a client between two appends
+        except asyncio.CancelledError:
+            self.session.fail(ApiError("shutdown"))  # without effect where a Stop cancelled us
+            raise
+        except ApiError as error:
+            self._fail(error)
+        except Exception:
+            log.exception("generation failed: %r", self.session)
+            self._fail(ApiError("internal_error"))
+        else:
+            self.session.finalize("completed", reason)
+        finally:
+            self._settled.set()
+
+    def _begin(self) -> None:
+        self.session.start()
+        self._settled.set()
+
+    def _fail(self, error: ApiError) -> None:
+        in_grace = asyncio.get_running_loop().time() < self._grace_until
+        if in_grace and not self._settled.is_set():
+            self.refused = error
+            session = self.session
+            session.manager.evict(session.conversation_id, owner=session.owner, epoch=session.epoch)
+        self.session.fail(error)
+
+    def stop(self) -> None:
+        """Stop producing. The session has ended or is about to."""
+        self._settled.set()
+        if self._task is not None:
+            self._task.cancel()
+
+    async def wait_settled(self) -> None:
+        """Wait until it has begun, failed or was stopped, at most until its grace is over.
+
+        Raises:
+            ApiError: it was refused, replaced, or cancelled before it began.
+        """
+        try:
+            async with asyncio.timeout_at(self._grace_until):
+                await self._settled.wait()
+        except TimeoutError:
+            return
+        if self.refused is not None:
+            raise self.refused
+        ended = self.session.snapshot()
+        if ended.state == "cancelled" and ended.last_event_end == 0:
+            raise ApiError("replaced" if ended.reason == "replaced" else "cancelled")
+
+
+class Generations:
+    """The generations that run now, so that they can be waited for and stopped."""
+
+    def __init__(self, manager: StreamSessionManager) -> None:
+        self._manager = manager
+        self._running: dict[StreamSession, Generation] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def start(
+        self,
+        conversation_id: str,
+        produce: Produce,
+        *,
+        owner: str,
+        dialect: Dialect,
+        tag: bytes,
+        grace_until: float,
+    ) -> Generation:
+        """Make the session and start to produce into it.
+
+        `grace_until` is a time of the running loop's clock.
+
+        Raises:
+            ApiError: as ``create_or_replace``; ``memory_budget``.
+        """
+        generation = Generation(grace_until)
+        try:
+            generation.session = self._manager.create_or_replace(
+                conversation_id,
+                owner=owner,
+                on_cancel=generation.stop,
+                on_end=self._forget,
+                dialect=dialect,
+                tag=tag,
+            )
+        except MemoryBudgetError as error:
+            raise ApiError("memory_budget", retry_after_s=1) from error
+        self._running[generation.session] = generation
+        self._idle.clear()
+        generation.launch(produce)
+        return generation
+
+    def _forget(self, session: StreamSession) -> None:
+        self._running.pop(session, None)
+        if not self._running:
+            self._idle.set()
+
+    def get(self, session: StreamSession) -> Generation | None:
+        """The generation that produces into `session`, None when it is over."""
+        return self._running.get(session)
+
+    async def wait_idle(self) -> None:
+        """Wait until no generation runs."""
+        await self._idle.wait()
+
+    def fail_all(self, error: ApiError) -> None:
+        """End every running generation with `error`, each in its own dialect."""
+        for session, generation in list(self._running.items()):
+            session.fail(error)
+            generation.stop()

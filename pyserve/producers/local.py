@@ -1,0 +1,223 @@
+"""A llama.cpp of pyserve's own: started for one GGUF file, watched, started again when it dies.
+
+The child listens on a loopback port that is chosen once and kept across restarts, behind a random
+key: without one llama.cpp lets any web page in this machine's browsers use it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import secrets
+import shutil
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import aiohttp
+
+from pyserve.config import Config
+from pyserve.errors import ConfigError, MissingExtraError
+
+log = logging.getLogger("pyserve.llama")
+
+# llama.cpp ends within milliseconds of a SIGTERM unless something hangs.
+_STOP_TIMEOUT_S = 5.0
+_FIRST_RESTART_DELAY_S = 0.5
+_LONGEST_RESTART_DELAY_S = 30.0
+# A child that served this long has recovered: the next death starts the delays anew.
+_STEADY_AFTER_S = 60.0
+_HEALTH_POLL_S = 0.05
+_LOG_LINES_TOLD = 5
+
+# llama.cpp names no percentage while it loads; these lines come in this order (tried with b11549).
+_LOAD_STEPS = [
+    re.compile(pattern)
+    for pattern in (
+        r"loading model\b",
+        r"llama_model_loader|load_model: loading model",
+        r"threadpool init|llama_context",
+        r"initializing, n_slots",
+        r"model loaded",
+        r"listening on",
+    )
+]
+
+Progress = Callable[[float], None]
+
+
+@dataclass
+class LocalModel:
+    """Where a supervised llama.cpp listens, and its key."""
+
+    url: str
+    key: str
+
+
+class _Child:
+    """One llama.cpp process."""
+
+    def __init__(self, process: asyncio.subprocess.Process, on_progress: Progress) -> None:
+        self.process = process
+        self._on_progress = on_progress
+        self._last_lines: list[str] = []
+        self._reading = asyncio.create_task(self._read_log(), name="llama.cpp log")
+
+    async def _read_log(self) -> None:
+        """Pass llama.cpp's own lines to the log and tell the load's progress."""
+        assert self.process.stderr is not None
+        step = 0
+        async for line in _lines(self.process.stderr):
+            log.debug("%s", line)
+            self._last_lines = [*self._last_lines[1 - _LOG_LINES_TOLD :], line]
+            for done, pattern in enumerate(_LOAD_STEPS[step:], step + 1):
+                if pattern.search(line):
+                    step = done
+                    self._on_progress(done / len(_LOAD_STEPS))
+
+    async def wait(self) -> int:
+        """Wait for its end; logs its last words and returns its exit status."""
+        status = await self.process.wait()
+        await self._reading
+        for line in self._last_lines:
+            log.error("llama.cpp: %s", line)
+        return status
+
+    async def stop(self) -> None:
+        """End it: kindly, then surely."""
+        with suppress(ProcessLookupError):
+            self.process.terminate()
+        try:
+            async with asyncio.timeout(_STOP_TIMEOUT_S):
+                await self.process.wait()
+        except TimeoutError:
+            self.process.kill()
+            await self.process.wait()
+        await self._reading
+
+
+async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
+    """Lines of any length: a long one comes in pieces rather than ending the reading."""
+    while block := await stream.read(64 * 1024):
+        for line in block.decode(errors="replace").splitlines():
+            if line.strip():
+                yield line
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _require_llama() -> None:
+    if shutil.which("llama-server") is None and find_spec("xllamacpp") is None:
+        raise MissingExtraError("llama", "--model without a llama-server on PATH")
+
+
+class _Supervisor:
+    def __init__(self, config: Config, on_progress: Progress) -> None:
+        assert config.model is not None
+        self._config = config
+        self._on_progress = on_progress
+        self._port = _free_port()
+        self.model = LocalModel(f"http://127.0.0.1:{self._port}", secrets.token_urlsafe(24))
+        self._child: _Child
+
+    async def start(self) -> None:
+        """Start llama.cpp and wait until the model is loaded.
+
+        Raises:
+            ConfigError: the model cannot be loaded; llama.cpp's last lines are in the log.
+        """
+        await self._spawn()
+        exited = asyncio.create_task(self._child.process.wait())
+        loaded = asyncio.create_task(self._wait_healthy())
+        await asyncio.wait({exited, loaded}, return_when=asyncio.FIRST_COMPLETED)
+        if not loaded.done():
+            loaded.cancel()
+            await self._child.wait()
+            raise ConfigError(
+                f"llama.cpp cannot load {self._config.model}; its last lines are above"
+            )
+        exited.cancel()
+        self._on_progress(1.0)
+
+    async def _spawn(self) -> None:
+        config = self._config
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "pyserve.producers.llama_child",
+            *("--model", str(Path(config.model or "").resolve())),
+            *("--host", "127.0.0.1"),
+            *("--port", str(self._port)),
+            *("--alias", Path(config.model or "").stem),
+            *("--ctx-size", str(config.model_context_tokens)),
+            *("--parallel", str(config.model_slots)),
+            env={**os.environ, "LLAMA_API_KEY": self.model.key},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            # A Ctrl-C in the terminal is for pyserve, which lets generations finish first.
+            start_new_session=True,
+        )
+        self._child = _Child(process, self._on_progress)
+
+    async def _wait_healthy(self) -> None:
+        async with aiohttp.ClientSession() as http:
+            while True:
+                with suppress(aiohttp.ClientError):
+                    async with http.get(f"{self.model.url}/health") as response:
+                        if response.status == 200:
+                            return
+                await asyncio.sleep(_HEALTH_POLL_S)
+
+    async def keep_alive(self) -> None:
+        """Start the child again whenever it ends, with growing delays, until cancelled."""
+        clock = asyncio.get_running_loop().time
+        delay_s = _FIRST_RESTART_DELAY_S
+        while True:
+            started = clock()
+            status = await self._child.wait()
+            if clock() - started > _STEADY_AFTER_S:
+                delay_s = _FIRST_RESTART_DELAY_S
+            log.error(
+                "llama.cpp ended with status %d; starting it again in %.1f s", status, delay_s
+            )
+            await asyncio.sleep(delay_s)
+            delay_s = min(delay_s * 2, _LONGEST_RESTART_DELAY_S)
+            await self._spawn()
+
+    async def stop(self) -> None:
+        await self._child.stop()
+
+
+@asynccontextmanager
+async def local_model(config: Config, on_progress: Progress) -> AsyncIterator[LocalModel]:
+    """Run llama.cpp for ``config.model``; entered when the model is loaded.
+
+    `on_progress` is called with the share of the load that is done, 0 to 1.
+
+    Raises:
+        MissingExtraError: there is neither ``llama-server`` nor the extra ``llama``.
+        ConfigError: the model cannot be loaded.
+    """
+    _require_llama()
+    supervisor = _Supervisor(config, on_progress)
+    await supervisor.start()
+    keeping = asyncio.create_task(supervisor.keep_alive(), name="llama.cpp supervisor")
+    try:
+        yield supervisor.model
+    finally:
+        keeping.cancel()
+        with suppress(asyncio.CancelledError):
+            await keeping
+        await supervisor.stop()

@@ -1,0 +1,277 @@
+"""Any OpenAI-compatible server over HTTP, as a source of streams and behind a strict proxy.
+
+Bytes are taken as they come, in whole blocks, and never looked at line by line here: the core's
+framer does that. Connections are not reused: llama.cpp closes a kept one after 100 requests or 5
+idle seconds, and a POST that meets this moment would fail although nothing is wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import orjson
+from yarl import URL
+
+from pyserve.config import Config
+from pyserve.errors import ApiError, Dialect
+from pyserve.sessions import StreamSession
+
+log = logging.getLogger("pyserve")
+
+# An error page is read no further than this; a message of it is passed on no longer than that.
+_MAX_ERROR_BODY_BYTES = 64 * 1024
+_MAX_ERROR_MESSAGE_CHARS = 2000
+_ERROR_BODY_TIMEOUT_S = 1.0
+_HEALTH_TIMEOUT_S = 2.0
+_MAX_RETRY_AFTER_S = 24 * 3600
+
+
+@dataclass(frozen=True)
+class Route:
+    """A route that generates: how its streams end and how they tell an error."""
+
+    path: str
+    is_terminator: Callable[[bytes], bool]
+    dialect: Dialect = "openai"
+
+
+def _done(event: bytes) -> bool:
+    return event.startswith((b"data: [DONE]", b"data:[DONE]"))
+
+
+def _response_over(event: bytes) -> bool:
+    # A response that failed or was cut short ends in its own words.
+    kinds = (b"response.completed", b"response.incomplete", b"response.failed")
+    return any(b"event: " + kind + b"\n" in event or b'"type":"' + kind in event for kind in kinds)
+
+
+GENERATION_ROUTES = [
+    Route("/v1/chat/completions", _done),
+    Route("/v1/completions", _done),
+    # llama.cpp's own route sends no [DONE]: its last event says so itself (tried with b11549).
+    Route("/completion", lambda event: b'"stop":true' in event),
+    Route("/v1/responses", _response_over),
+    Route("/v1/messages", lambda event: b"message_stop" in event, dialect="anthropic"),
+]
+
+
+class Upstream:
+    """One upstream server. :meth:`open` before the first use, :meth:`close` after the last."""
+
+    def __init__(self, base_url: str, config: Config, key: str | None = None) -> None:
+        # The routes begin with /v1: take the form that OpenAI's SDKs want, too.
+        self._base_url = base_url.rstrip("/").removesuffix("/v1")
+        self._config = config
+        self._headers = {"Accept-Encoding": "identity"}
+        if key:
+            self._headers["Authorization"] = f"Bearer {key}"
+        self._http: aiohttp.ClientSession
+
+    async def open(self) -> None:
+        """Make the HTTP client; needs the running loop."""
+        self._http = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(force_close=True, limit=0),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(
+                total=None, sock_connect=self._config.upstream_connect_timeout_s
+            ),
+            auto_decompress=False,
+        )
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._http.close()
+
+    @asynccontextmanager
+    async def exchange(
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None
+    ) -> AsyncIterator[Answer]:
+        """One request, entered when a 2xx head has come; the connection is closed on leaving,
+        whatever is left of the answer. `path` is percent-encoded and may have a query.
+
+        Raises:
+            ApiError: for every failure of the upstream, its error statuses included.
+        """
+        first_byte_timeout_s = self._config.upstream_first_byte_timeout_s
+        try:
+            async with asyncio.timeout(first_byte_timeout_s) as deadline:
+                response = await self._request(method, path, headers, body)
+                try:
+                    await _raise_for_status(response)
+                    yield Answer(response, deadline, self._config.upstream_idle_timeout_s)
+                finally:
+                    response.close()
+        except TimeoutError as error:
+            raise _logged("upstream_timeout", error) from error
+
+    async def _request(
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes | None
+    ) -> aiohttp.ClientResponse:
+        try:
+            return await self._http.request(
+                method,
+                URL(self._base_url + path, encoded=True),
+                headers={**headers, **self._headers},
+                # From a file aiohttp sends a large body in pieces, so that the loop isn't held up.
+                data=io.BytesIO(body) if body is not None else None,
+                allow_redirects=False,
+            )
+        except aiohttp.ServerTimeoutError as error:
+            raise _logged("upstream_timeout", error) from error
+        except aiohttp.ClientConnectorError as error:
+            raise _logged("upstream_unreachable", error) from error
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+            raise _logged("upstream_lost", error) from error
+        except (aiohttp.ClientError, ValueError) as error:  # a head that isn't HTTP
+            raise _logged("upstream_invalid", error) from error
+
+    async def generate(
+        self,
+        route: Route,
+        headers: Mapping[str, str],
+        body: bytes,
+        session: StreamSession,
+        begin: Callable[[], None],
+    ) -> str | None:
+        """Stream one generation into `session`; `begin` is called when the upstream has agreed.
+
+        Returns:
+            None, or ``unterminated`` when the stream ended without its route's terminator.
+
+        Raises:
+            ApiError: for every failure of the upstream.
+        """
+        async with self.exchange("POST", route.path, headers, body) as answer:
+            if answer.content_type != "text/event-stream":
+                log.warning("upstream answered %r, not a stream", answer.content_type)
+                raise ApiError("upstream_not_sse")
+            begin()
+            while block := await answer.read_block():
+                session.append(block)
+        session.end_input()
+        return None if route.is_terminator(session.last_event()) else "unterminated"
+
+    async def is_healthy(self) -> bool:
+        """Whether it answers ``GET /health``, or where it has none ``GET /v1/models``."""
+        for path in ("/health", "/v1/models"):
+            try:
+                async with asyncio.timeout(_HEALTH_TIMEOUT_S), self.exchange("GET", path, {}):
+                    return True
+            except TimeoutError:
+                return False
+            except ApiError as error:
+                if error.status != 404:
+                    return False
+        return False
+
+
+class Answer:
+    """An upstream's answer whose head has come, with its body under the time limits."""
+
+    def __init__(
+        self, response: aiohttp.ClientResponse, deadline: asyncio.Timeout, idle_timeout_s: float
+    ) -> None:
+        self._response = response
+        self._deadline = deadline
+        self._idle_timeout_s = idle_timeout_s
+        self._waits_for_first_byte = True
+        self.status = response.status
+        self.headers = response.headers
+        self.content_type = response.content_type
+
+    async def read_block(self) -> bytes:
+        """What has come, at least a byte; ``b""`` at the end.
+
+        Raises:
+            ApiError: reason ``upstream_lost``. Silence cancels the whole exchange.
+        """
+        if not self._waits_for_first_byte:
+            now = asyncio.get_running_loop().time()
+            self._deadline.reschedule(now + self._idle_timeout_s)
+        try:
+            block = await self._response.content.readany()
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise _logged("upstream_lost", error) from error
+        # What the caller does with it is not the upstream's time.
+        self._deadline.reschedule(None)
+        self._waits_for_first_byte = False
+        return block
+
+
+def _logged(reason: str, error: BaseException) -> ApiError:
+    """The full story goes to the log; the client gets the reason's fixed words."""
+    log.warning("%s: %s: %s", reason, type(error).__name__, error)
+    return ApiError(reason)
+
+
+async def _raise_for_status(response: aiohttp.ClientResponse) -> None:
+    """Do nothing for a 2xx.
+
+    Raises:
+        ApiError: the upstream's error in pyserve's shape: its status and its JSON message, never a
+            raw page; 502 for a redirect and for credentials that it refused.
+    """
+    status = response.status
+    if 200 <= status < 300:
+        return
+    if status < 400:
+        log.warning("upstream answered with status %d to %s", status, response.url.path)
+        raise ApiError("upstream_invalid")
+    told = await _read_error(response)
+    log.warning("upstream answered %d to %s: %.2000r", status, response.url.path, told)
+    if status in (401, 403):
+        raise ApiError("upstream_auth")
+    message = told.get("message")
+    if not isinstance(message, str):
+        message = f"The upstream answered with status {status}"
+    message = message[:_MAX_ERROR_MESSAGE_CHARS]
+    if told.get("type") == "exceed_context_size_error" or told.get("code") == (
+        "context_length_exceeded"
+    ):
+        counts = {name: told[name] for name in ("n_prompt_tokens", "n_ctx") if name in told}
+        raise ApiError("context_overflow", message, status=status, **counts)
+    if status == 503 and told.get("type") == "unavailable_error":
+        raise ApiError("model_loading", retry_after_s=_retry_after_s(response) or 1)
+    figures = {
+        f"upstream_{name}": told[name]
+        for name in ("type", "code", "param")
+        if isinstance(told.get(name), (str, int))
+    }
+    raise ApiError(
+        "upstream_error",
+        message,
+        status=status,
+        retry_after_s=_retry_after_s(response),
+        **figures,
+    )
+
+
+async def _read_error(response: aiohttp.ClientResponse) -> dict[str, Any]:
+    """The ``error`` object of a JSON answer, empty if there is none that can be understood."""
+    body = b""
+    try:
+        async with asyncio.timeout(_ERROR_BODY_TIMEOUT_S):
+            while len(body) < _MAX_ERROR_BODY_BYTES and (block := await response.content.readany()):
+                body += block
+        parsed = orjson.loads(body)
+    except (aiohttp.ClientError, OSError, TimeoutError, orjson.JSONDecodeError):
+        return {}
+    told = parsed.get("error") if isinstance(parsed, dict) else None
+    if isinstance(told, str):
+        return {"message": told}
+    return told if isinstance(told, dict) else {}
+
+
+def _retry_after_s(response: aiohttp.ClientResponse) -> int | None:
+    """Its ``Retry-After`` if that is a sane number of seconds."""
+    text = response.headers.get("Retry-After", "")
+    if text.isascii() and text.isdigit() and int(text[:9]) <= _MAX_RETRY_AFTER_S:
+        return int(text[:9])
+    return None

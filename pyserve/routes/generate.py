@@ -1,0 +1,103 @@
+"""``POST /v1/chat/completions`` and its kind: start a generation, or pass the request through."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hashlib
+
+from aiohttp import web
+
+from pyserve.delivery import stream_response
+from pyserve.errors import ApiError
+from pyserve.positions import EARLIEST
+from pyserve.producers.upstream import GENERATION_ROUTES, Route
+from pyserve.requests import conversation_id_of_post, parse_json_object, read_body
+from pyserve.routes.context import Context, context_of
+from pyserve.routes.proxy import forward, request_headers
+from pyserve.sessions import StreamSession
+
+_CONFLICT_MODES = ("replace", "reject", "attach")
+_MAX_IDEMPOTENCY_KEY_CHARS = 255
+
+
+def add_generation_routes(app: web.Application) -> None:
+    """One POST route for each of the upstream's generating ones."""
+    for route in GENERATION_ROUTES:
+        app.router.add_post(route.path, functools.partial(_generate, route))
+
+
+async def _generate(route: Route, request: web.Request) -> web.StreamResponse:
+    arrived = asyncio.get_running_loop().time()
+    context = context_of(request)
+    owner = await context.owner_of(request)
+    upstream = context.require_upstream()
+    body = await read_body(request, context.config.max_body_bytes)
+    wants_stream = parse_json_object(body).get("stream") is True
+    conversation_id = conversation_id_of_post(request)
+    if conversation_id is None or not wants_stream:
+        return await forward(request, upstream, route.path, body)
+
+    conflict_mode = _conflict_mode(request)
+    tag = _idempotency_tag(route, request, body)
+    present = context.manager.get(conversation_id, owner=owner)
+    if present is not None:
+        if _is_repeat(present, tag):
+            await _wait_settled(context, present)
+            return await stream_response(request, present, EARLIEST)
+        if present.is_live and conflict_mode == "attach":
+            return await stream_response(request, present, EARLIEST)
+        if present.is_live and conflict_mode == "reject":
+            raise ApiError("session_active", epoch=present.epoch)
+    if context.draining:
+        raise ApiError("shutdown", retry_after_s=1)
+
+    generation = context.generations.start(
+        conversation_id,
+        functools.partial(upstream.generate, route, request_headers(request), body),
+        owner=owner,
+        dialect=route.dialect,
+        tag=tag,
+        grace_until=arrived + context.config.status_grace_s,
+    )
+    await generation.wait_settled()
+    return await stream_response(request, generation.session, EARLIEST)
+
+
+def _conflict_mode(request: web.Request) -> str:
+    mode = request.headers.get("X-Stream-Conflict", "replace")
+    if mode not in _CONFLICT_MODES:
+        raise ApiError("invalid_parameter", "X-Stream-Conflict is replace, reject or attach")
+    return mode
+
+
+def _idempotency_tag(route: Route, request: web.Request, body: bytes) -> bytes:
+    """Route, key and a digest of the body, for the session to carry; empty without a key."""
+    key = request.headers.get("Idempotency-Key", "")
+    if len(key) > _MAX_IDEMPOTENCY_KEY_CHARS:
+        raise ApiError("invalid_parameter", "Idempotency-Key is longer than 255 characters")
+    if not key:
+        return b""
+    scope = f"{route.path}\n{key}".encode(errors="surrogateescape")
+    return hashlib.sha256(scope).digest() + hashlib.sha256(body).digest()
+
+
+def _is_repeat(session: StreamSession, tag: bytes) -> bool:
+    """Whether `session` was created by the same key.
+
+    Raises:
+        ApiError: it was, but with another body.
+    """
+    scope_length = hashlib.sha256().digest_size
+    if not tag or session.tag[:scope_length] != tag[:scope_length]:
+        return False
+    if session.tag != tag:
+        raise ApiError("idempotency_mismatch")
+    return True
+
+
+async def _wait_settled(context: Context, session: StreamSession) -> None:
+    """A repeat that comes while the first is still starting shares its outcome."""
+    generation = context.generations.get(session)
+    if generation is not None:
+        await generation.wait_settled()
