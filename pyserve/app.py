@@ -14,7 +14,7 @@ import orjson
 from aiohttp import web
 
 from pyserve.config import Config
-from pyserve.delivery import readers_are_open, reset_open_readers
+from pyserve.delivery import open_readers
 from pyserve.errors import ApiError, ConfigError, MemoryBudgetError
 from pyserve.producers.demo import demo_server
 from pyserve.producers.generation import Generations
@@ -31,7 +31,6 @@ log = logging.getLogger("pyserve")
 
 #: How long readers may take to read the last events when the server stops.
 SHUTDOWN_DRAIN_S = 2.0
-_DRAIN_POLL_S = 0.02
 
 _REQUEST_ID = "X-Request-Id"
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -145,11 +144,7 @@ async def _end_streams(context: Context) -> None:
     context.draining = True
     context.generations.fail_all(ApiError("shutdown"))
     context.manager.fail_live(ApiError("shutdown"))
-    with suppress(TimeoutError):
-        async with asyncio.timeout(SHUTDOWN_DRAIN_S):
-            while readers_are_open():
-                await asyncio.sleep(_DRAIN_POLL_S)
-    reset_open_readers()
+    await open_readers(context.manager).drain(SHUTDOWN_DRAIN_S)
 
 
 async def _name_request(request: web.Request, response: web.StreamResponse) -> None:

@@ -40,11 +40,13 @@ Then, in another terminal:
 """
 
 
+_SIZE_UNITS = {"": 1, "kib": KIB, "mib": MIB, "gib": GIB}
+
+
 class ByteSize(click.ParamType[int]):
     """A number of bytes, or with a unit: 4096, 64KiB, 32MiB, 1GiB."""
 
     name = "size"
-    _units = {"": 1, "kib": KIB, "mib": MIB, "gib": GIB}
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Parse `value`; fails with a message that shows the forms."""
@@ -53,7 +55,7 @@ class ByteSize(click.ParamType[int]):
         match = re.fullmatch(r"([0-9]+)\s*([KMG]iB)?", str(value), re.IGNORECASE)
         if match is None:
             self.fail(f"{value!r} is not a size such as 4096, 64KiB, 32MiB or 1GiB", param, ctx)
-        return int(match[1]) * self._units[(match[2] or "").lower()]
+        return int(match[1]) * _SIZE_UNITS[(match[2] or "").lower()]
 
 
 def format_size(size_bytes: int) -> str:
@@ -67,7 +69,7 @@ def format_size(size_bytes: int) -> str:
 def _option(setting: Setting) -> click.Option:
     keywords: dict[str, Any] = {
         "default": setting.default,
-        "help": setting.help,
+        "help": setting.description,
         "envvar": setting.environment_variable,
         "show_envvar": True,
     }

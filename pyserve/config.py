@@ -22,8 +22,8 @@ MIB = 1024 * KIB
 GIB = 1024 * MIB
 
 
-def _setting(default: Any, help: str, *, minimum: float | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "minimum": minimum})
+def _setting(default: Any, description: str, *, minimum: float | None = None) -> Any:
+    return field(default=default, metadata={"description": description, "minimum": minimum})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,7 @@ class Setting:
     name: str
     type: type
     default: Any
-    help: str
+    description: str
     minimum: float | None
 
     @property
@@ -191,6 +191,6 @@ def settings() -> Iterator[Setting]:
             name=item.name,
             type=_BASE_TYPES[str(item.type)],
             default=item.default,
-            help=item.metadata["help"],
+            description=item.metadata["description"],
             minimum=item.metadata["minimum"],
         )

@@ -12,15 +12,15 @@ import logging
 import socket
 import struct
 import weakref
+from contextlib import suppress
 from urllib.parse import quote
 
 from aiohttp import hdrs, web
 
-from pyserve.config import Config
 from pyserve.errors import ApiError
 from pyserve.positions import START, Position, parse_event_id, parse_position
 from pyserve.requests import query_values, sole_query_value
-from pyserve.sessions import SessionReader, StreamSession
+from pyserve.sessions import SessionReader, StreamSession, StreamSessionManager
 
 log = logging.getLogger("pyserve")
 
@@ -36,8 +36,43 @@ _TRANSPORT_BUFFER_BYTES = 64 * 1024
 
 _PRINTABLE_ASCII = "".join(chr(code) for code in range(0x20, 0x7F))
 
-#: Connections that are being written to, so that a shutdown can reset who doesn't read.
-_open_transports: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
+
+class OpenReaders:
+    """The connections that one manager's sessions are being written to, for its shutdown."""
+
+    def __init__(self) -> None:
+        self._transports: set[asyncio.Transport] = set()
+        self._none_left = asyncio.Event()
+        self._none_left.set()
+
+    def add(self, transport: asyncio.Transport) -> None:
+        """A delivery begins."""
+        self._transports.add(transport)
+        self._none_left.clear()
+
+    def remove(self, transport: asyncio.Transport) -> None:
+        """It is over."""
+        self._transports.discard(transport)
+        if not self._transports:
+            self._none_left.set()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Wait until all are over, and reset who isn't after `timeout_s`."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._none_left.wait()
+        for transport in list(self._transports):
+            reset_connection(transport)
+
+
+_open_readers: weakref.WeakKeyDictionary[StreamSessionManager, OpenReaders] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def open_readers(manager: StreamSessionManager) -> OpenReaders:
+    """Who reads from the sessions of `manager`."""
+    return _open_readers.setdefault(manager, OpenReaders())
 
 
 def position_of(request: web.Request) -> tuple[Position, bool]:
@@ -91,7 +126,7 @@ async def stream_response(
         if request.method == hdrs.METH_HEAD:
             return response
         await response.prepare(request)
-        await _deliver(request, response, reader, session.manager.config)
+        await _deliver(request, response, reader, session.manager)
         return response
     finally:
         reader.close()
@@ -111,13 +146,17 @@ def _nothing_to_come(session: StreamSession, position: Position, by_event_id: bo
 
 
 async def _deliver(
-    request: web.Request, response: web.StreamResponse, reader: SessionReader, config: Config
+    request: web.Request,
+    response: web.StreamResponse,
+    reader: SessionReader,
+    manager: StreamSessionManager,
 ) -> None:
     transport = request.transport
     if transport is None:
         return  # gone before the first byte
+    config = manager.config
     _bound_buffers(transport, config.send_buffer_bytes)
-    _open_transports.add(transport)
+    open_readers(manager).add(transport)
     clock = asyncio.get_running_loop().time
     try:
         # One deadline for the whole delivery, armed only while a write waits for the client.
@@ -135,7 +174,7 @@ async def _deliver(
         reset_connection(transport)
         raise
     finally:
-        _open_transports.discard(transport)
+        open_readers(manager).remove(transport)
 
 
 def _bound_buffers(transport: asyncio.Transport, send_buffer_bytes: int) -> None:
@@ -153,14 +192,3 @@ def reset_connection(transport: asyncio.Transport) -> None:
         linger_for_0_s = struct.pack("ii", 1, 0)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_for_0_s)
     transport.abort()
-
-
-def reset_open_readers() -> None:
-    """Reset whoever is still being written to."""
-    for transport in list(_open_transports):
-        reset_connection(transport)
-
-
-def readers_are_open() -> bool:
-    """Whether any response is still being delivered."""
-    return bool(_open_transports)

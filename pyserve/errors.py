@@ -11,7 +11,7 @@
     ForkedProcessError         the manager was made before fork()
     MemoryBudgetError          live sessions fill the memory budget
     SessionEndedError          append() after the end (the reader pressed Stop, for example)
-    EventTooLargeError         one event is larger than ``max_session_bytes``; the session has failed
+    EventTooLargeError         one event is larger than ``max_session_bytes``; and ended it
     EventUnfinishedError       append_event() in the middle of an event begun by append()
 
 What a client is told never contains an exception's text: fixed messages, and figures of the

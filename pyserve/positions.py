@@ -28,7 +28,7 @@ _MAX_TEXT_CHARS = 64
 
 @dataclass(frozen=True)
 class Position:
-    """Where to read from. ``offset`` None is the oldest byte that is kept; ``epoch`` None is any."""
+    """Where to read from. ``offset`` None: the oldest byte that is kept; ``epoch`` None: any."""
 
     offset: int | None
     epoch: str | None = None

@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import orjson
@@ -25,19 +25,19 @@ WORDS_PER_SECOND = 12.0
 TOUR = """\
 This is pyserve's demo: no model is running, these words were written by people.
 
-Everything you read here comes out of a log. The generation writes to it; your connection only reads \
-it. Reload this page now, in the middle of the sentence: the text goes on where it was, because what \
-was written before is still there and the generation never noticed that you left.
+Everything you read here comes out of a log. The generation writes to it; your connection only \
+reads it. Reload this page now, in the middle of the sentence: the text goes on where it was, \
+because what was written before is still there and the generation never noticed that you left.
 
-Open a second tab on the same conversation, and both follow. Pull the network cable, wait, plug it \
-in again: your browser sends the id of the last event it saw, and the stream continues with the next \
-one, not a character lost or doubled.
+Open a second tab on the same conversation, and both follow. Pull the network cable, wait, plug \
+it in again: your browser sends the id of the last event it saw, and the stream continues with \
+the next one, not a character lost or doubled.
 
 Press Stop, and the generation ends for everyone who is watching, wherever it was: the upstream's \
 connection is closed at once, so that its slot is free for somebody else.
 
-To see it with a model, start pyserve with --model FILE.gguf, or put it in front of the server that \
-you have with --upstream URL. Nothing else changes.
+To see it with a model, start pyserve with --model FILE.gguf, or put it in front of the server \
+that you have with --upstream URL. Nothing else changes.
 """
 
 _ids = itertools.count(1)
@@ -68,11 +68,12 @@ async def _chat(request: web.Request) -> web.StreamResponse:
         return web.Response(body=_whole_answer(answer_id), content_type="application/json")
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(request)
-    await response.write(_chunk(answer_id, {"role": "assistant", "content": ""}))
-    for word in _words():
-        await asyncio.sleep(1 / WORDS_PER_SECOND)
-        await response.write(_chunk(answer_id, {"content": word}))
-    await response.write(_chunk(answer_id, {}, "stop") + b"data: [DONE]\n\n")
+    with suppress(ConnectionError):  # stopped
+        await response.write(_chunk(answer_id, {"role": "assistant", "content": ""}))
+        for word in _words():
+            await asyncio.sleep(1 / WORDS_PER_SECOND)
+            await response.write(_chunk(answer_id, {"content": word}))
+        await response.write(_chunk(answer_id, {}, "stop") + b"data: [DONE]\n\n")
     return response
 
 

@@ -1,8 +1,8 @@
 """A running generation: one task that produces into one session, whoever reads it.
 
 Until its ``grace`` is over, a generation that fails before it began is *refused*: it leaves no
-session behind, and the POST that asked for it answers with the error. Later the error is told in the
-stream.
+session behind, and the POST that asked for it answers with the error. Later the error is told in
+the stream.
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
 import aiohttp
 
@@ -152,14 +151,15 @@ class _Supervisor:
 
     async def _spawn(self) -> None:
         config = self._config
+        assert config.model is not None
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "pyserve.producers.llama_child",
-            *("--model", str(Path(config.model or "").resolve())),
+            *("--model", str(config.model)),
             *("--host", "127.0.0.1"),
             *("--port", str(self._port)),
-            *("--alias", Path(config.model or "").stem),
+            *("--alias", config.model.stem),
             *("--ctx-size", str(config.model_context_tokens)),
             *("--parallel", str(config.model_slots)),
             env={**os.environ, "LLAMA_API_KEY": self.model.key},

@@ -105,7 +105,7 @@ async def _cancelled_on_disconnect(request: web.Request) -> AsyncIterator[None]:
     assert handler is not None
 
     async def watch() -> None:
-        while request.transport is not None and not request.transport.is_closing():
+        while request.transport is not None and not request.transport.is_closing():  # noqa: ASYNC110
             await asyncio.sleep(_DISCONNECT_POLL_S)
         handler.cancel()
 
