@@ -46,6 +46,8 @@ void ByteRing::drop_to(uint64_t offset) {
 }
 
 const ByteRing::Segment& ByteRing::segment_at(uint64_t offset) const {
+  const Segment& oldest = segments_[head_];  // where drops look
+  if (offset < oldest.start_offset + oldest.chunk->capacity_bytes) return oldest;
   const auto live = segments_.begin() + static_cast<std::ptrdiff_t>(head_);
   const auto after =
       std::upper_bound(live, segments_.end(), offset,

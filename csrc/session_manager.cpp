@@ -104,20 +104,24 @@ StreamSessionManager::SessionPtr StreamSessionManager::evict_and_cancel(const Se
 }
 
 int64_t StreamSessionManager::tick() {
+  // Before the lock, so that it is let go of after it: this may be the last reference to a live
+  // session that was evicted, and its hooks could run anything when they go with it.
+  std::vector<SessionPtr> beaten;
   const std::lock_guard lock(mutex_);
   const int64_t now_ns = clock_->steady_ns();
   collect_expired(now_ns);
-  send_heartbeats(now_ns);
+  send_heartbeats(now_ns, beaten);
   return next_due_in(now_ns);
 }
 
-void StreamSessionManager::send_heartbeats(int64_t now_ns) {
+void StreamSessionManager::send_heartbeats(int64_t now_ns, std::vector<SessionPtr>& beaten) {
   while (!heartbeats_.empty() && heartbeats_.top().due_ns <= now_ns) {
-    const SessionPtr session = heartbeats_.top().session.lock();
+    SessionPtr session = heartbeats_.top().session.lock();
     heartbeats_.pop();
     if (!session) continue;
     const int64_t due_ns = session->heartbeat();
     if (due_ns >= 0) heartbeats_.push({due_ns, session});
+    beaten.push_back(std::move(session));
   }
 }
 

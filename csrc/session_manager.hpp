@@ -97,7 +97,7 @@ class StreamSessionManager final : public SessionObserver,
   SessionPtr erase(EntryMap::iterator at);
   void collect_expired(int64_t now_ns);
   void make_room(size_t bytes);
-  void send_heartbeats(int64_t now_ns);
+  void send_heartbeats(int64_t now_ns, std::vector<SessionPtr>& beaten);
   int64_t next_due_in(int64_t now_ns) const;
 
   const ManagerOptions options_;

@@ -13,13 +13,13 @@ constexpr std::string_view kRetryLine = "retry: 1000\n";
 constexpr size_t kScanWindowBytes = 4096;
 // A buffer that one huge event made is given back after it.
 constexpr size_t kKeptCapacityBytes = 64 * 1024;
-constexpr size_t kMaxOffsetDigits = 20;
+constexpr unsigned kMaxOffsetDigits = 20;
 
+// Compared, not divided: it runs for each event.
 unsigned count_digits(uint64_t value) {
   unsigned digits = 1;
-  while (value >= 10) {
-    value /= 10;
-    ++digits;
+  for (uint64_t limit = 10; value >= limit; limit *= 10) {
+    if (++digits == kMaxOffsetDigits) break;  // the next limit would overflow
   }
   return digits;
 }
@@ -108,12 +108,14 @@ bool SseFramer::end_line() {
 
 SseFramer::Status SseFramer::complete_event(uint64_t offset) {
   if (first_event_) block_.append(kRetryLine);
-  block_.append("id: ").append(epoch_).push_back('-');
+  block_.append(id_prefix_);
   constexpr size_t kTwoLineEnds = 2;
   const uint64_t end = end_offset_with_digits(offset, block_.size() + kTwoLineEnds);
-  char digits[kMaxOffsetDigits];
-  const auto written = std::to_chars(digits, digits + sizeof digits, end);
-  block_.append(digits, written.ptr).append("\n\n");
+  char digits[kMaxOffsetDigits + kTwoLineEnds];
+  char* last = std::to_chars(digits, digits + kMaxOffsetDigits, end).ptr;
+  *last++ = '\n';
+  *last++ = '\n';
+  block_.append(digits, last);
   if (block_.size() > max_event_bytes_) return Status::event_too_large;
   first_event_ = false;
   published_ = true;

@@ -30,8 +30,8 @@ class SseFramer {
 
   // `max_event_bytes` bounds what a malicious or broken upstream can make us hold: it counts the
   // finished event with its id, and the unfinished block while it grows.
-  SseFramer(std::string epoch, size_t max_event_bytes)
-      : epoch_(std::move(epoch)), max_event_bytes_(max_event_bytes) {}
+  SseFramer(std::string_view epoch, size_t max_event_bytes)
+      : id_prefix_("id: " + std::string(epoch) + "-"), max_event_bytes_(max_event_bytes) {}
 
   // Consumes from the front of `input`. A returned event is numbered as starting at `offset`.
   Status consume(std::string_view& input, uint64_t offset);
@@ -45,7 +45,6 @@ class SseFramer {
   // Valid after Status::event until the next call.
   std::string_view event() const { return block_; }
 
-  const std::string& epoch() const { return epoch_; }
   // Bytes of the unfinished block.
   size_t pending_bytes() const { return published_ ? 0 : block_.size(); }
   // Memory held, for the budget.
@@ -56,7 +55,7 @@ class SseFramer {
   bool end_line();  // true when the line was the blank one that completes an event
   Status complete_event(uint64_t offset);
 
-  const std::string epoch_;
+  const std::string id_prefix_;
   const size_t max_event_bytes_;
   std::string block_;        // complete lines of the block, then the unfinished line
   size_t line_start_ = 0;    // where the unfinished line begins in block_

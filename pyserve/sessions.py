@@ -6,11 +6,11 @@ import asyncio
 import logging
 import re
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Any
+from typing import Any, Self
 
 from pyserve import _core
 from pyserve.config import Config
-from pyserve.errors import REASONS, ApiError, Dialect
+from pyserve.errors import REASONS, ApiError, Dialect, SessionEndedError
 from pyserve.positions import START, Position, parse_position
 from pyserve.wakeups import running_loop_waker
 
@@ -219,6 +219,22 @@ class StreamSession:
     def fail(self, error: ApiError) -> bool:
         """End the session as failed: `error` becomes the last event. False if it had ended."""
         return self._core.finalize("failed", error.reason, error.to_event(self.dialect))
+
+    def __enter__(self) -> Self:
+        """``with session:`` around a producer ends the session with it, whatever happens."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> bool:
+        """Completed; failed if an exception came; a Stop in between is no exception."""
+        if error is None:
+            self.finalize()
+        elif isinstance(error, SessionEndedError):
+            return True
+        else:
+            self.finalize("failed")
+        return False
 
     def cancel(self, reason: str = "cancelled") -> bool:
         """End the session as cancelled and call its ``on_cancel``. The log stays until its TTL."""
