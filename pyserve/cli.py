@@ -13,7 +13,7 @@ import click
 from aiohttp import web
 
 from pyserve.app import create_app, drain
-from pyserve.config import GIB, KIB, MIB, Config, Setting, settings
+from pyserve.config import GIB, KIB, MIB, Config, Setting, format_size, settings
 from pyserve.errors import ConfigError, MissingExtraError
 
 log = logging.getLogger("pyserve")
@@ -58,29 +58,22 @@ class ByteSize(click.ParamType[int]):
         return int(match[1]) * _SIZE_UNITS[(match[2] or "").lower()]
 
 
-def format_size(size_bytes: int) -> str:
-    """A size in the largest unit that fits it whole."""
-    for unit, factor in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
-        if size_bytes % factor == 0:
-            return f"{size_bytes // factor}{unit}"
-    return str(size_bytes)
-
-
 def _option(setting: Setting) -> click.Option:
     keywords: dict[str, Any] = {
         "default": setting.default,
         "help": setting.description,
         "envvar": setting.environment_variable,
+        "show_default": setting.default is not None,
         "show_envvar": True,
     }
     if setting.type is bool:
         keywords |= {"is_flag": True}
     elif setting.unit == "bytes":
-        keywords |= {"type": ByteSize(), "show_default": format_size(setting.default)}
+        keywords |= {"type": ByteSize(), "default": format_size(setting.default)}
     elif setting.type is Path:
         keywords |= {"type": click.Path(path_type=Path), "metavar": "FILE"}
     else:
-        keywords |= {"type": setting.type, "show_default": setting.default is not None}
+        keywords |= {"type": setting.type}
     if setting.unit in ("seconds", "tokens"):
         keywords |= {"metavar": setting.unit.upper()}
     return click.Option([setting.option, setting.name], **keywords)

@@ -34,6 +34,13 @@ class Config:
         ConfigError: a value out of its range, or more than one source of generations.
     """
 
+    # --- the process
+    host: str = _setting("127.0.0.1", "Address to listen on.")
+    port: int = _setting(8000, "Port to listen on; 0 takes a free one.", minimum=0)
+    drain_timeout_s: float = _setting(
+        30.0, "How long running generations may go on after a stop signal.", minimum=0.0
+    )
+
     # --- where generations come from (at most one; none: only an embedder's own producers)
     upstream: str | None = _setting(
         None, "URL of an OpenAI-compatible server (llama-server, vLLM, ...) to stream from."
@@ -102,16 +109,12 @@ class Config:
         32 * MIB, "Largest request body; pictures in prompts are large.", minimum=1 * KIB
     )
 
-    # --- the process
-    host: str = _setting("127.0.0.1", "Address to listen on.")
-    port: int = _setting(8000, "Port to listen on; 0 takes a free one.", minimum=0)
-    drain_timeout_s: float = _setting(
-        30.0, "How long running generations may go on after a stop signal.", minimum=0.0
-    )
-
     def __post_init__(self) -> None:
         for setting in settings():
-            setting.check(getattr(self, setting.name))
+            value = getattr(self, setting.name)
+            setting.check(value)
+            if setting.type is Path and value is not None:
+                object.__setattr__(self, setting.name, Path(value))  # a string is a path, too
         if self.port > 65535:
             raise ConfigError(f"port is {self.port}, the largest is 65535")
         if self.max_total_bytes < self.max_session_bytes:
@@ -124,13 +127,17 @@ class Config:
             raise ConfigError(f"only one source of generations is possible, not {sources}")
         if self.upstream is not None:
             _check_url(self.upstream)
-        if self.model is not None and not Path(self.model).is_file():
+        if self.model is not None and not self.model.is_file():
             raise ConfigError(f"model: there is no file {self.model}")
 
 
 def _check_url(url: str) -> None:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a bracket left open, a port that is none
+        usable = False
+    if not usable:
         raise ConfigError(f"upstream must be an http:// or https:// URL, not {url!r}")
     if parts.query or parts.fragment or parts.username:
         raise ConfigError("upstream must be a plain URL, without user, query or fragment")
@@ -194,3 +201,31 @@ def settings() -> Iterator[Setting]:
             description=item.metadata["description"],
             minimum=item.metadata["minimum"],
         )
+
+
+def format_size(size_bytes: int) -> str:
+    """A size in the largest unit that fits it whole, such as ``32MiB``."""
+    for unit, factor in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if size_bytes % factor == 0:
+            return f"{size_bytes // factor}{unit}"
+    return str(size_bytes)
+
+
+def settings_table() -> str:
+    """The README's table of settings, in Markdown."""
+    lines = ["| option | variable | default | |", "| --- | --- | --- | --- |"]
+    for setting in settings():
+        default = "" if setting.default in (None, False) else setting.default
+        if setting.unit == "bytes":
+            default = format_size(setting.default)
+        elif setting.unit == "seconds":
+            default = f"{setting.default:g} s"
+        lines.append(
+            f"| `{setting.option}` | `{setting.environment_variable}` | {default} |"
+            f" {setting.description} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(settings_table())

@@ -115,11 +115,10 @@ async def stream_response(
         ApiError: ``invalid_offset``, ``offset_lost``, ``offset_ahead`` or ``stream_replaced``;
             nothing was sent.
     """
-    by_event_id = False
     if position is None:
         position, by_event_id = position_of(request)
-    if _nothing_to_come(session, position, by_event_id):
-        return web.Response(status=204)
+        if _nothing_to_come(session, position, by_event_id):
+            return web.Response(status=204)
     reader = session.read_from(position)
     try:
         response = web.StreamResponse(headers=stream_headers(session, reader.offset))
