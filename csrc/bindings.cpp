@@ -187,7 +187,11 @@ void bind_session(py::module_& m) {
             raise_unless_ok(unforked(s).append_event(data, event));
           },
           py::arg("data"), py::arg("event") = "")
-      .def("end_input", [](StreamSession& s) { unforked(s).end_input(); })
+      .def("end_input",
+           [](StreamSession& s) {
+             const AppendStatus status = unforked(s).end_input();
+             if (status == AppendStatus::event_too_large) throw EventTooLargeError();
+           })
       .def(
           "finalize",
           [](StreamSession& s, const std::string& state, std::string_view reason,

@@ -87,19 +87,23 @@ AppendStatus StreamSession::append_event(std::string_view data, std::string_view
   return whole ? AppendStatus::ok : AppendStatus::event_too_large;
 }
 
-void StreamSession::end_input() {
+AppendStatus StreamSession::end_input() {
   const std::lock_guard lock(mutex_);
-  if (is_live(state_)) publish_pending();
+  if (!is_live(state_)) return AppendStatus::ended;
+  return publish_pending() ? AppendStatus::ok : AppendStatus::event_too_large;
 }
 
-void StreamSession::publish_pending() {
-  if (framer_.finish(ring_.end_offset()) == SseFramer::Status::event) {
+// False when the event is larger than the log may be.
+bool StreamSession::publish_pending() {
+  const SseFramer::Status status = framer_.finish(ring_.end_offset());
+  if (status == SseFramer::Status::event) {
     publish_event();
     last_append_ns_ = clock_->steady_ns();
     wake_readers();
   }
   framer_.discard();
   account_framer();
+  return status != SseFramer::Status::event_too_large;
 }
 
 // False when an event is larger than the log may be.
@@ -163,7 +167,10 @@ bool StreamSession::cancel(std::string_view reason) {
 
 bool StreamSession::end(State state, std::string_view reason, std::string_view last_events) {
   if (!is_live(state_)) return false;
-  if (state == State::completed) publish_pending();
+  if (state == State::completed && !publish_pending()) {
+    state = State::failed;
+    reason = "event_too_large";
+  }
   framer_.discard();
   if (!last_events.empty()) feed(last_events);
   framer_.discard();

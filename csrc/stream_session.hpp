@@ -108,9 +108,10 @@ class StreamSession : public std::enable_shared_from_this<StreamSession> {
   AppendStatus append_event(std::string_view data, std::string_view event_name);
   // The upstream has no more: publishes an event that lacks only its blank line, drops one that
   // broke off.
-  void end_input();
-  // Ends the session, `state` being completed (after end_input()) or failed, which drops an event
-  // that is not whole. `last_events` is appended first, whole SSE events.
+  AppendStatus end_input();
+  // Ends the session, `state` being completed (after end_input(), whose too large event makes it
+  // failed, event_too_large) or failed, which drops an event that is not whole. `last_events` is
+  // appended first, whole SSE events.
   // False when it had ended before.
   bool finalize(State state, std::string_view reason, std::string_view last_events = {});
   // Ends the session and calls its on_cancel hook. False when it had ended before.
@@ -147,7 +148,7 @@ class StreamSession : public std::enable_shared_from_this<StreamSession> {
 
   // The rest expects mutex_ to be held.
   bool feed(std::string_view input);
-  void publish_pending();
+  bool publish_pending();
   void publish_event();
   void append_line(std::string_view line);
   void enforce_cap();

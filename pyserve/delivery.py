@@ -20,7 +20,7 @@ from aiohttp import hdrs, web
 from pyserve.errors import ApiError
 from pyserve.positions import START, Position, parse_event_id, parse_position
 from pyserve.requests import query_values, sole_query_value
-from pyserve.sessions import SessionReader, StreamSession, StreamSessionManager
+from pyserve.sessions import READ_BYTES, SessionReader, StreamSession, StreamSessionManager
 
 log = logging.getLogger("pyserve")
 
@@ -31,8 +31,9 @@ _EVENT_STREAM_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 
-# Unsent bytes that asyncio may hold for one reader beside the kernel's buffer.
-_TRANSPORT_BUFFER_BYTES = 64 * 1024
+# Unsent bytes that asyncio holds for one reader, beside the kernel's buffer, before a write waits:
+# more than a block and its chunk's frame, so that a write with nothing unsent before it never does.
+_TRANSPORT_BUFFER_BYTES = 2 * READ_BYTES
 
 _PRINTABLE_ASCII = "".join(chr(code) for code in range(0x20, 0x7F))
 
@@ -124,7 +125,6 @@ async def stream_response(
         response = web.StreamResponse(headers=stream_headers(session, reader.offset))
         if request.method == hdrs.METH_HEAD:
             return response
-        await response.prepare(request)
         await _deliver(request, response, reader, session.manager)
         return response
     finally:
@@ -158,9 +158,13 @@ async def _deliver(
     open_readers(manager).add(transport)
     clock = asyncio.get_running_loop().time
     try:
-        # One deadline for the whole delivery, armed only while a write waits for the client.
+        # One deadline for the whole delivery, armed only while a write may wait for the client.
         async with asyncio.timeout(None) as deadline:
+            await response.prepare(request)
             async for block in reader:
+                if transport.get_write_buffer_size() == 0:
+                    await response.write(block)
+                    continue
                 deadline.reschedule(clock() + config.write_timeout_s)
                 await response.write(block)
                 deadline.reschedule(None)

@@ -7,6 +7,7 @@ from urllib.parse import unquote_plus, unquote_to_bytes
 
 import orjson
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 
 from pyserve.errors import ApiError
 from pyserve.sessions import is_conversation_id
@@ -75,13 +76,16 @@ async def read_body(request: web.Request, max_body_bytes: int) -> bytes:
     """The whole body.
 
     Raises:
-        ApiError: reason ``body_too_large``.
+        ApiError: reason ``body_too_large``; ``invalid_body`` where it broke off or isn't encoded as
+            its headers say.
     """
     try:
         # The embedding application has a limit of its own for its own routes.
         return await request.clone(client_max_size=max_body_bytes).read()
     except web.HTTPRequestEntityTooLarge:
         raise ApiError("body_too_large", max_body_bytes=max_body_bytes) from None
+    except (HttpProcessingError, ConnectionError):
+        raise ApiError("invalid_body") from None
 
 
 def parse_json_object(body: bytes) -> dict[str, Any]:

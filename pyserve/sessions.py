@@ -19,6 +19,9 @@ log = logging.getLogger("pyserve")
 #: Bytes handed over in one read at most: what one chunk of the log holds.
 READ_BYTES = 64 * 1024
 
+# With its id and the last line it must fit into the smallest log that may be set, 4 KiB.
+_MAX_ERROR_EVENT_BYTES = 3 * 1024
+
 #: Who owns a session where nobody is told apart.
 SINGLE_OWNER = ""
 
@@ -188,8 +191,13 @@ class StreamSession:
 
     def end_input(self) -> None:
         """Publish an event that lacks only its blank line; drop one that broke off. finalize() of
-        a completed session does it too."""
-        self._core.end_input()
+        a completed session does it too.
+
+        Raises:
+            EventTooLargeError: with its id the event exceeds ``max_session_bytes``; the session has
+                failed.
+        """
+        self._guard_size(self._core.end_input)
 
     def _guard_size(self, append: Callable[..., None], *args: bytes) -> None:
         try:
@@ -205,9 +213,12 @@ class StreamSession:
 
         Raises:
             ValueError: another state, or a reason that is not a word of ``[a-z0-9_]``.
+            EventTooLargeError: as end_input().
         """
         if reason is not None and not _REASON.fullmatch(reason):
             raise ValueError(f"a reason is 1 to 64 characters of [a-z0-9_], not {reason!r}")
+        if state == "completed":
+            self.end_input()
         if state != "failed":
             return self._core.finalize(state, reason or "")
         if reason is None or reason in REASONS:
@@ -218,7 +229,10 @@ class StreamSession:
 
     def fail(self, error: ApiError) -> bool:
         """End the session as failed: `error` becomes the last event. False if it had ended."""
-        return self._core.finalize("failed", error.reason, error.to_event(self.dialect))
+        event = error.to_event(self.dialect)
+        if len(event) > _MAX_ERROR_EVENT_BYTES:  # an upstream's own words
+            event = ApiError(error.reason, status=error.status).to_event(self.dialect)
+        return self._core.finalize("failed", error.reason, event)
 
     def __enter__(self) -> Self:
         """``with session:`` around a producer ends the session with it, whatever happens."""

@@ -11,7 +11,13 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from pyserve.errors import ApiError, Dialect, MemoryBudgetError, SessionEndedError
+from pyserve.errors import (
+    ApiError,
+    Dialect,
+    EventTooLargeError,
+    MemoryBudgetError,
+    SessionEndedError,
+)
 from pyserve.sessions import StreamSession, StreamSessionManager
 
 log = logging.getLogger("pyserve")
@@ -38,8 +44,11 @@ class Generation:
     async def _run(self, produce: Produce) -> None:
         try:
             reason = await produce(self.session, self._begin)
+            self.session.finalize("completed", reason)
         except SessionEndedError:
             pass  # stopped by a client between two appends
+        except EventTooLargeError:
+            log.warning("an event was larger than max_session_bytes: %r", self.session)
         except asyncio.CancelledError:
             self.session.fail(ApiError("shutdown"))  # without effect where a Stop cancelled us
             raise
@@ -48,8 +57,6 @@ class Generation:
         except Exception:
             log.exception("generation failed: %r", self.session)
             self._fail(ApiError("internal_error"))
-        else:
-            self.session.finalize("completed", reason)
         finally:
             self._settled.set()
 

@@ -2,8 +2,8 @@
 
 Run as ``python -m pyserve.producers.llama_child --model FILE.gguf --port N``. It becomes the
 ``llama-server`` on PATH where there is one, and otherwise runs the one in the `xllamacpp`
-package: same flags, same environment variable ``LLAMA_API_KEY``. Progress and errors are llama.cpp's lines on
-stderr; while the model loads, ``GET /health`` answers 503.
+package: same flags, same environment variable ``LLAMA_API_KEY``. Progress and errors are
+llama.cpp's lines on stderr; while the model loads, ``GET /health`` answers 503.
 
 Exit status: 0 after SIGTERM or SIGINT (the signal itself while the model loads), 1 with a last
 line on stderr that says what failed, 2 for arguments that make no sense.

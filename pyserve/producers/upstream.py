@@ -48,7 +48,15 @@ def _done(event: bytes) -> bool:
 
 def _response_over(event: bytes) -> bool:
     # A response that failed or was cut short ends in its own words.
-    kinds = (b"response.completed", b"response.incomplete", b"response.failed")
+    return _has_kind(event, b"response.completed", b"response.incomplete", b"response.failed")
+
+
+def _message_over(event: bytes) -> bool:
+    return _has_kind(event, b"message_stop")
+
+
+def _has_kind(event: bytes, *kinds: bytes) -> bool:
+    # Within a JSON string the quotes have backslashes: no text that was generated looks like this.
     return any(b"event: " + kind + b"\n" in event or b'"type":"' + kind in event for kind in kinds)
 
 
@@ -58,7 +66,7 @@ GENERATION_ROUTES = [
     # llama.cpp's own route sends no [DONE]: its last event says so itself (tried with b11549).
     Route("/completion", lambda event: b'"stop":true' in event),
     Route("/v1/responses", _response_over),
-    Route("/v1/messages", lambda event: b"message_stop" in event, dialect="anthropic"),
+    Route("/v1/messages", _message_over, dialect="anthropic"),
 ]
 
 
@@ -105,6 +113,7 @@ class Upstream:
                 response = await self._request(method, path, headers, body)
                 try:
                     await _raise_for_status(response)
+                    _raise_for_encoding(response)
                     yield Answer(response, deadline, self._config.upstream_idle_timeout_s)
                 finally:
                     response.close()
@@ -251,6 +260,14 @@ async def _raise_for_status(response: aiohttp.ClientResponse) -> None:
         retry_after_s=_retry_after_s(response),
         **figures,
     )
+
+
+def _raise_for_encoding(response: aiohttp.ClientResponse) -> None:
+    """We asked for plain bytes, and pass on what comes: packed ones would be taken for text."""
+    encoding = response.headers.get("Content-Encoding", "identity")
+    if encoding.lower() != "identity":
+        log.warning("upstream answered in %.100r although asked not to", encoding)
+        raise ApiError("upstream_invalid")
 
 
 async def _read_error(response: aiohttp.ClientResponse) -> dict[str, Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from aiohttp import hdrs, web
 
@@ -79,6 +79,7 @@ async def forward(
     Raises:
         ApiError: the upstream failed before its answer began. Later the connection is reset.
     """
+    write_timeout_s = context_of(request).config.write_timeout_s
     async with (
         _cancelled_on_disconnect(request),
         upstream.exchange(request.method, path, request_headers(request), body) as answer,
@@ -87,14 +88,24 @@ async def forward(
             status=answer.status,
             headers={n: v for n, v in answer.headers.items() if n.lower() in _PASSED_BACK},
         )
-        await response.prepare(request)
-        try:
+        with _whole_or_reset(request):
+            await response.prepare(request)
             while block := await answer.read_block():
-                await response.write(block)
-        except (ApiError, ConnectionError):
-            if request.transport is not None:
-                reset_connection(request.transport)
+                async with asyncio.timeout(write_timeout_s):
+                    await response.write(block)
         return response
+
+
+@contextmanager
+def _whole_or_reset(request: web.Request) -> Iterator[None]:
+    """An answer that has begun cannot turn into an error: its connection is reset instead."""
+    try:
+        yield
+    except BaseException as error:
+        if request.transport is not None:
+            reset_connection(request.transport)
+        if not isinstance(error, (ApiError, ConnectionError, TimeoutError)):
+            raise
 
 
 @asynccontextmanager

@@ -4,6 +4,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <cstdio>
+#include <iostream>
 #include <memory>
 
 #include "../../csrc/session_manager.hpp"
@@ -16,6 +18,9 @@ namespace {
 // destructors, no leak check.
 template <typename Question>
 bool answer_of_child(Question in_child) {
+  // What is still buffered would be written by the child, too.
+  std::cout.flush();
+  std::fflush(nullptr);
   const pid_t child = ::fork();
   REQUIRE(child >= 0);
   if (child == 0) ::_exit(in_child() ? 1 : 0);

@@ -241,7 +241,7 @@ TEST_CASE("finish and discard leave nothing of the block") {
 TEST_CASE("the id is the offset at which its own event ends, around every power of ten") {
   const std::string input = "data: a\n\n";
   uint64_t power = 1;
-  for (int exponent = 0; exponent < 19; ++exponent, power *= 10) {
+  for (int exponent = 0; exponent < 20; ++exponent, power *= 10) {
     for (uint64_t offset = power < 60 ? 0 : power - 60; offset < power + 5; ++offset) {
       SseFramer framer("e", kNoLimit);
       std::string_view rest = input;
@@ -256,7 +256,7 @@ TEST_CASE("the id is the offset at which its own event ends, around every power 
 TEST_CASE("where two end offsets would be right, the smaller is taken") {
   int twofold = 0;
   uint64_t power = 1;
-  for (int exponent = 0; exponent < 19; ++exponent, power *= 10) {
+  for (int exponent = 0; exponent < 20; ++exponent, power *= 10) {
     for (uint64_t bare = power < 30 ? 0 : power - 30; bare < power + 3; ++bare) {
       for (const uint64_t length : {uint64_t{0}, uint64_t{1}, bare / 2, bare}) {
         const uint64_t offset = bare - std::min(bare, length);

@@ -128,9 +128,14 @@ TEST_CASE("only completed publishes an event that lacks nothing but its blank li
 TEST_CASE("a completed session whose last event is larger than the cap has failed") {
   LoneSession::Limits limits;
   limits.max_session_bytes = 4096;
-  const LoneSession session(limits);
   // The line fits while it grows; with its id it does not.
-  REQUIRE(session->append("data: " + std::string(4088, 'x') + "\n") == AppendStatus::ok);
+  const std::string line = "data: " + std::string(4088, 'x') + "\n";
+  const LoneSession input(limits);
+  REQUIRE(input->append(line) == AppendStatus::ok);
+  CHECK(input->end_input() == AppendStatus::event_too_large);
+
+  const LoneSession session(limits);
+  REQUIRE(session->append(line) == AppendStatus::ok);
   CHECK(session->finalize(State::completed, ""));
   CHECK(session->snapshot().state == State::failed);
   CHECK(session->snapshot().reason == "event_too_large");
@@ -151,6 +156,32 @@ TEST_CASE("last events stand whole before the last line, whatever was pending") 
   CHECK(completed->finalize(State::completed, "", "data: [DONE]\n\n"));
   CHECK(read_all(*completed) ==
         reference_log({"data: a\n", "data: [DONE]\n"}) + ": end completed\n");
+}
+
+TEST_CASE("end_input publishes what is whole, drops what broke off, and ends nothing") {
+  struct Example {
+    std::string pending;
+    bool published;
+  };
+  for (const Example& example : {Example{"data: b\n", true}, {"data: b", false}, {": x\n", false},
+                                 {"data: b\ndata: c", false}, {"", false}}) {
+    CAPTURE(example.pending);
+    const LoneSession session;
+    const auto wakeup = std::make_shared<Wakeup>();
+    session->append("data: a\n\n" + example.pending);
+    CHECK(session->notify_when_readable(session->snapshot().end_offset, wakeup, 1));
+    CHECK(session->end_input() == AppendStatus::ok);
+    CHECK(session->end_input() == AppendStatus::ok);
+    CHECK(wakeup->drain().size() == (example.published ? 1 : 0));
+    CHECK(session->snapshot().pending_bytes == 0);
+    CHECK(session->append("data: d\n\n") == AppendStatus::ok);
+    std::vector<std::string> blocks{"data: a\n"};
+    if (example.published) blocks.push_back(example.pending);
+    blocks.push_back("data: d\n");
+    CHECK(read_all(*session) == reference_log(blocks));
+    session->cancel();
+    CHECK(session->end_input() == AppendStatus::ended);
+  }
 }
 
 TEST_CASE("append_event writes each line of its data as a data line") {

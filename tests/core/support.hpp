@@ -42,7 +42,11 @@ class Random {
   // Letters, with a line end here and there.
   std::string text(size_t length) {
     std::string made(length, '\0');
-    for (char& c : made) c = "abcdefghijklmno\n"[below(16)];
+    uint64_t bits = 0;
+    for (size_t i = 0; i < length; ++i, bits >>= 4) {
+      if (i % 16 == 0) bits = engine_();
+      made[i] = "abcdefghijklmno\n"[bits & 15];
+    }
     return made;
   }
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import aiohttp
 from process import Server, environment
+from tiny_gguf import foreign_tokens
 
 SLOTS = 4
 
@@ -54,7 +55,7 @@ def chat(max_tokens: int, *, seed: int = 1, stream: bool = True) -> dict[str, An
         "max_tokens": max_tokens,
         "seed": seed,
         "stream": stream,
-        "logit_bias": [[word, 4] for word in ("naïve", "цвет", "日本", "🦙")],
+        "logit_bias": [[token, 4] for token in foreign_tokens()],
     }
 
 
@@ -67,5 +68,5 @@ async def busy_slots(http: aiohttp.ClientSession, llama_url: str) -> int:
 async def wait_busy_slots(http: aiohttp.ClientSession, llama_url: str, wanted: int) -> None:
     """Return when exactly `wanted` slots are busy."""
     async with asyncio.timeout(30):
-        while await busy_slots(http, llama_url) != wanted:
+        while await busy_slots(http, llama_url) != wanted:  # noqa: ASYNC110
             await asyncio.sleep(_SLOT_POLL_S)

@@ -1,4 +1,4 @@
-"""Real processes: ``pyserve serve`` and whatever else a test starts, with their output collected."""
+"""Real processes: ``pyserve serve`` and what else a test starts, with their output collected."""
 
 from __future__ import annotations
 

@@ -84,6 +84,12 @@ def write_tiny_model(
     return path
 
 
+def foreign_tokens() -> list[int]:
+    """The tokens of FOREIGN_WORDS, for a ``logit_bias`` that has them spoken often."""
+    pieces, _ = _vocabulary()
+    return [pieces.index(SPACE + word) for word in FOREIGN_WORDS]
+
+
 def _vocabulary() -> tuple[list[str], list[gguf.TokenType]]:
     """The pieces in the order of their ids, and what each is.
 

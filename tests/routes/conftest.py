@@ -1,0 +1,48 @@
+"""What every test of the routes has."""
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+
+import pytest
+from fake_upstream import FakeUpstream
+from serving import Server, serving
+
+Serve = Callable[..., Awaitable[Server]]
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[FakeUpstream]:
+    async with FakeUpstream() as fake:
+        yield fake
+
+
+@pytest.fixture
+async def serve(upstream: FakeUpstream) -> AsyncIterator[Serve]:
+    """Starts a pyserve in front of the fake upstream, with settings of one's own."""
+    async with AsyncExitStack() as stack:
+
+        async def start(**settings: object) -> Server:
+            return await stack.enter_async_context(
+                serving(**{"upstream": upstream.url} | settings)
+            )
+
+        yield start
+
+
+@pytest.fixture
+async def server(serve: Serve) -> Server:
+    """pyserve in front of the fake upstream."""
+    return await serve()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_breaks(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Whatever a client or an upstream does, nothing is logged as an error, no traceback least."""
+    yield
+    broken = [
+        record.getMessage()
+        for record in caplog.get_records("call")
+        if record.levelno >= logging.ERROR or record.exc_info
+    ]
+    assert not broken
