@@ -6,6 +6,8 @@ import asyncio
 import logging
 import re
 import signal
+from collections.abc import Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -132,18 +134,44 @@ class _LoadBar:
             self._bar.render_finish()
 
 
+class _StopSignals:
+    """SIGINT and SIGTERM: the first asks to stop, a second one to stop at once."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.asked_again = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for stop_signal in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(stop_signal, self._on_signal)
+
+    def _on_signal(self) -> None:
+        (self.asked_again if self.asked.is_set() else self.asked).set()
+
+
+async def _run_until(event: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+    """Run `work` until it is done or `event` is set; tells whether it got done."""
+    working = asyncio.create_task(work)
+    waiting = asyncio.create_task(event.wait())
+    await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    done = working.done()
+    if not done:
+        working.cancel()
+    with suppress(asyncio.CancelledError):
+        await working
+    return done
+
+
 async def _run(config: Config) -> None:
-    stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for stop_signal in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(stop_signal, stopping.set)
+    stop = _StopSignals()
     label = f"Loading {config.model.name}" if config.model else ""
     app = create_app(config, on_load_progress=_LoadBar(label))
     runner = web.AppRunner(
         app, access_log_format=_ACCESS_LOG_FORMAT, shutdown_timeout=_HANDLER_TIMEOUT_S
     )
     try:
-        await runner.setup()
+        if not await _run_until(stop.asked, runner.setup()):
+            return
         site = web.TCPSite(runner, config.host, config.port)
         try:
             await site.start()
@@ -152,10 +180,10 @@ async def _run(config: Config) -> None:
                 f"cannot listen on {config.host}:{config.port}: {error.strerror}"
             ) from error
         _tell_start(config, runner)
-        await stopping.wait()
+        await stop.asked.wait()
         await site.stop()
         log.info("stopping; running generations have %g s to finish", config.drain_timeout_s)
-        await drain(app, config.drain_timeout_s)
+        await _run_until(stop.asked_again, drain(app, config.drain_timeout_s))
     finally:
         await runner.cleanup()
 

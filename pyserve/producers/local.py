@@ -128,7 +128,7 @@ class _Supervisor:
         self._on_progress = on_progress
         self._port = _free_port()
         self.model = LocalModel(f"http://127.0.0.1:{self._port}", secrets.token_urlsafe(24))
-        self._child: _Child
+        self._child: _Child | None = None
 
     async def start(self) -> None:
         """Start llama.cpp and wait until the model is loaded.
@@ -136,20 +136,22 @@ class _Supervisor:
         Raises:
             ConfigError: the model cannot be loaded; llama.cpp's last lines are in the log.
         """
-        await self._spawn()
-        exited = asyncio.create_task(self._child.process.wait())
+        child = await self._spawn()
+        exited = asyncio.create_task(child.process.wait())
         loaded = asyncio.create_task(self._wait_healthy())
-        await asyncio.wait({exited, loaded}, return_when=asyncio.FIRST_COMPLETED)
-        if not loaded.done():
+        try:
+            await asyncio.wait({exited, loaded}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            exited.cancel()
             loaded.cancel()
-            await self._child.wait()
+        if exited.done():
+            await child.wait()
             raise ConfigError(
                 f"llama.cpp cannot load {self._config.model}; its last lines are above"
             )
-        exited.cancel()
         self._on_progress(1.0)
 
-    async def _spawn(self) -> None:
+    async def _spawn(self) -> _Child:
         config = self._config
         assert config.model is not None
         process = await asyncio.create_subprocess_exec(
@@ -170,6 +172,7 @@ class _Supervisor:
             start_new_session=True,
         )
         self._child = _Child(process, self._on_progress)
+        return self._child
 
     async def _wait_healthy(self) -> None:
         async with aiohttp.ClientSession() as http:
@@ -183,10 +186,12 @@ class _Supervisor:
     async def keep_alive(self) -> None:
         """Start the child again whenever it ends, with growing delays, until cancelled."""
         clock = asyncio.get_running_loop().time
+        child = self._child
+        assert child is not None
         delay_s = _FIRST_RESTART_DELAY_S
         while True:
             started = clock()
-            status = await self._child.wait()
+            status = await child.wait()
             if clock() - started > _STEADY_AFTER_S:
                 delay_s = _FIRST_RESTART_DELAY_S
             log.error(
@@ -194,10 +199,12 @@ class _Supervisor:
             )
             await asyncio.sleep(delay_s)
             delay_s = min(delay_s * 2, _LONGEST_RESTART_DELAY_S)
-            await self._spawn()
+            child = await self._spawn()
 
     async def stop(self) -> None:
-        await self._child.stop()
+        """End llama.cpp, if it was started."""
+        if self._child is not None:
+            await self._child.stop()
 
 
 @asynccontextmanager
@@ -212,12 +219,14 @@ async def local_model(config: Config, on_progress: Progress) -> AsyncIterator[Lo
     """
     _require_llama()
     supervisor = _Supervisor(config, on_progress)
-    await supervisor.start()
-    keeping = asyncio.create_task(supervisor.keep_alive(), name="llama.cpp supervisor")
     try:
-        yield supervisor.model
+        await supervisor.start()
+        keeping = asyncio.create_task(supervisor.keep_alive(), name="llama.cpp supervisor")
+        try:
+            yield supervisor.model
+        finally:
+            keeping.cancel()
+            with suppress(asyncio.CancelledError):
+                await keeping
     finally:
-        keeping.cancel()
-        with suppress(asyncio.CancelledError):
-            await keeping
         await supervisor.stop()
