@@ -2,6 +2,11 @@
 
 #include <doctest/doctest.h>
 
+#include <atomic>
+#include <cstring>
+#include <string>
+#include <string_view>
+#include <thread>
 #include <vector>
 
 #include "support.hpp"
@@ -68,6 +73,26 @@ TEST_CASE("more full chunks come back than are kept for reuse, and all leave the
   for (int i = 0; i < 200; ++i) many.push_back(pool->allocate(kFull));
   CHECK(pool->used_bytes() == 200 * kFull);
   many.clear();
+  CHECK(pool->used_bytes() == 0);
+}
+
+TEST_CASE("threads that share a pool never share a chunk that they did not hand over") {
+  const auto pool = make_pool();
+  std::atomic<bool> mixed_up{false};
+  std::vector<std::thread> threads;
+  for (const char mark : {'a', 'b', 'c', 'd'}) {
+    threads.emplace_back([&, mark] {
+      for (int round = 0; round < 300; ++round) {
+        const ChunkRef chunk = pool->allocate(kFull);
+        std::memset(chunk->bytes(), mark, 500);
+        const ChunkRef copy = chunk;
+        std::this_thread::yield();
+        if (std::string_view(copy->bytes(), 500) != std::string(500, mark)) mixed_up = true;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  CHECK_FALSE(mixed_up);
   CHECK(pool->used_bytes() == 0);
 }
 

@@ -81,8 +81,7 @@ struct KnownLog {
   }
 
   bool holds(uint64_t offset, std::string_view bytes) const {
-    return offset <= text.size() &&
-           std::string_view(text).substr(offset, bytes.size()) == bytes;
+    return offset <= text.size() && std::string_view(text).substr(offset, bytes.size()) == bytes;
   }
   bool is_border(uint64_t offset) const {
     return std::binary_search(borders.begin(), borders.end(), offset);
@@ -129,16 +128,13 @@ class StreamChecker {
   }
 
   void check_comment(const std::string& line) {
-    ended_ = line == ": end completed\n" || line == ": end failed why\n" ||
-             line == ": end cancelled\n";
+    ended_ =
+        line == ": end completed\n" || line == ": end failed why\n" || line == ": end cancelled\n";
     findings_.require(ended_ || line == ": ping\n", "an unknown line: ", line);
   }
 
   void check_event(const std::string& text) {
-    // What a failing session says last; `retry` when it is the first event, too.
-    for (const bool first : {false, true}) {
-      if (text == reference_event("data: {}\n", first && offset_is_first(), epoch_, offset_)) return;
-    }
+    if (is_error_event(text)) return;
     const uint64_t n = std::strtoull(text.c_str() + 6, nullptr, 10);
     findings_.require(!last_ || n == *last_ + 1, "event ", n, " at ", offset_, " out of sequence");
     findings_.require(text == known_event(n, epoch_, offset_), "wrong bytes in event ", n, " at ",
@@ -146,7 +142,13 @@ class StreamChecker {
     last_ = n;
   }
 
-  bool offset_is_first() const { return !last_; }
+  // What a failing session says last; its first event, too, if it failed before any other.
+  bool is_error_event(const std::string& text) const {
+    const auto error = [&](bool first) {
+      return reference_event("data: {}\n", first, epoch_, offset_);
+    };
+    return text == error(false) || (!last_ && text == error(true));
+  }
 
   const std::string epoch_;
   uint64_t offset_;

@@ -109,6 +109,19 @@ TEST_CASE("the cap counts the unfinished event") {
   CHECK(snapshot.end_offset - snapshot.first_offset + snapshot.pending_bytes <= 4096);
 }
 
+TEST_CASE("a log of heartbeats alone stays under its cap, whole heartbeats at a time") {
+  const LoneSession session(capped(4096));
+  const std::string ping = ": ping\n";
+  for (int i = 0; i < 2000; ++i) {
+    session.clock->advance_ns(kNanosPerSecond);
+    session->heartbeat();
+  }
+  const SessionSnapshot snapshot = session->snapshot();
+  CHECK(snapshot.end_offset == 2000 * ping.size());
+  CHECK(snapshot.first_offset % ping.size() == 0);
+  CHECK(snapshot.end_offset - snapshot.first_offset == 4096 / ping.size() * ping.size());
+}
+
 TEST_CASE("the last line makes room for itself and is there to be read") {
   const LoneSession session(capped(4096));
   while (session->snapshot().first_offset == 0) session->append("data: a\n\n");

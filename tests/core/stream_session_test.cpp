@@ -163,8 +163,11 @@ TEST_CASE("end_input publishes what is whole, drops what broke off, and ends not
     std::string pending;
     bool published;
   };
-  for (const Example& example : {Example{"data: b\n", true}, {"data: b", false}, {": x\n", false},
-                                 {"data: b\ndata: c", false}, {"", false}}) {
+  for (const Example& example : {Example{"data: b\n", true},
+                                 {"data: b", false},
+                                 {": x\n", false},
+                                 {"data: b\ndata: c", false},
+                                 {"", false}}) {
     CAPTURE(example.pending);
     const LoneSession session;
     const auto wakeup = std::make_shared<Wakeup>();
