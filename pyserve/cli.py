@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 import signal
+import socket
 from collections.abc import Coroutine
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +17,7 @@ import click
 from aiohttp import web
 
 from pyserve.app import create_app, drain
+from pyserve.commands import COMMANDS
 from pyserve.config import GIB, KIB, MIB, Config, Setting, format_size, settings
 from pyserve.errors import ConfigError, MissingExtraError
 
@@ -70,6 +73,8 @@ def _option(setting: Setting) -> click.Option:
     }
     if setting.type is bool:
         keywords |= {"is_flag": True}
+    elif setting.choices:
+        keywords |= {"type": click.Choice(setting.choices)}
     elif setting.unit == "bytes":
         keywords |= {"type": ByteSize(), "default": format_size(setting.default)}
     elif setting.type is Path:
@@ -117,6 +122,8 @@ main.add_command(
         ],
     )
 )
+for command in COMMANDS:
+    main.add_command(command)
 
 
 class _LoadBar:
@@ -128,8 +135,10 @@ class _LoadBar:
 
     def __call__(self, share: float) -> None:
         percent = int(share * 100)
-        self._bar.update(max(0, percent - self._shown_percent))
-        self._shown_percent = max(percent, self._shown_percent)
+        if percent <= self._shown_percent:
+            return
+        self._bar.update(percent - self._shown_percent)
+        self._shown_percent = percent
         if percent >= 100:
             self._bar.render_finish()
 
@@ -177,7 +186,7 @@ async def _run(config: Config) -> None:
             await site.start()
         except OSError as error:
             raise ConfigError(
-                f"cannot listen on {config.host}:{config.port}: {error.strerror}"
+                f"cannot listen on {config.host}:{config.port}: {_reason(error)}"
             ) from error
         _tell_start(config, runner)
         await stop.asked.wait()
@@ -186,6 +195,13 @@ async def _run(config: Config) -> None:
         await _run_until(stop.asked_again, drain(app, config.drain_timeout_s))
     finally:
         await runner.cleanup()
+
+
+def _reason(error: OSError) -> str:
+    """The system's words; asyncio puts its own around them."""
+    if error.errno is None or isinstance(error, socket.gaierror):
+        return str(error.strerror)
+    return os.strerror(error.errno)
 
 
 def _tell_start(config: Config, runner: web.AppRunner) -> None:

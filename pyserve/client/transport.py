@@ -1,0 +1,214 @@
+"""One request and its answer; when to try again."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import random
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from urllib.parse import quote, urlsplit
+
+import aiohttp
+from yarl import URL
+
+from pyserve.client.errors import (
+    ClientError,
+    UnavailableError,
+    UnreachableError,
+    answer_error,
+)
+
+#: Headers for one request; called anew for each, with the conversation id that it is about (None
+#: for a lookup), so that a token may be short-lived.
+Authorize = Callable[[str | None], Mapping[str, str] | Awaitable[Mapping[str, str]]]
+
+_MAX_ERROR_BODY_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The times of a client, in seconds; see :class:`pyserve.client.Client`."""
+
+    stall_timeout_s: float | None
+    answer_timeout_s: float
+    give_up_after_s: float
+    first_delay_s: float
+    max_delay_s: float
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is sent; again and again the same, where it must be."""
+
+    method: str
+    path: str
+    conversation_id: str | None = None
+    query: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes | None = None
+
+    def url(self, base_url: str) -> URL:
+        """Where to. The id stands in the query: in a path, proxies take slashes and dots apart."""
+        query = dict(self.query)
+        if self.conversation_id is not None:
+            query["conv_id"] = self.conversation_id
+        pairs = "&".join(f"{name}={quote(value, safe='')}" for name, value in query.items())
+        return URL(f"{base_url}{self.path}?{pairs}".rstrip("?"), encoded=True)
+
+
+class Transport:
+    """The HTTP side of a client."""
+
+    def __init__(
+        self,
+        base_url: str,
+        limits: Limits,
+        headers: Mapping[str, str],
+        authorize: Authorize | None,
+        session: aiohttp.ClientSession | None,
+    ) -> None:
+        parts = urlsplit(base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{base_url!r} is not an http:// or https:// URL")
+        if parts.query or parts.fragment or parts.username:
+            raise ValueError("a server's URL has no user, query or fragment")
+        # Take the form that OpenAI's SDKs want, too.
+        self.base_url = base_url.rstrip("/").removesuffix("/v1")
+        self.limits = limits
+        self._headers = headers
+        self._authorize = authorize
+        self._session = session
+        self._owns_session = session is None
+        self._had_answer = False
+
+    async def close(self) -> None:
+        """Close the connections, unless they are the caller's."""
+        if self._owns_session and self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    def _http(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            # Not reused: a kept connection may be closing just when a POST goes out on it.
+            connector = aiohttp.TCPConnector(limit=0, force_close=True)
+            self._session = aiohttp.ClientSession(connector=connector)
+        return self._session
+
+    async def send(self, request: Request) -> aiohttp.ClientResponse:
+        """One try. Returns an answer with a 2xx head, whose body is the caller's to close.
+
+        Raises:
+            ClientError: anything else.
+        """
+        headers = {**self._headers, **request.headers, "Accept-Encoding": "identity"}
+        if self._authorize is not None:
+            more = self._authorize(request.conversation_id)
+            headers.update(await more if inspect.isawaitable(more) else more)
+        try:
+            async with asyncio.timeout(self.limits.answer_timeout_s):
+                response = await self._http().request(
+                    request.method,
+                    request.url(self.base_url),
+                    headers=headers,
+                    data=request.body,
+                    allow_redirects=False,
+                    timeout=aiohttp.ClientTimeout(total=None),
+                )
+                self._had_answer = True
+                if response.status >= 300:
+                    raise await self._answer_error(response)
+                return response
+        except (aiohttp.ClientError, OSError) as error:
+            unreachable = UnreachableError(f"{self.base_url}: {cause(error)}")
+            unreachable.first_contact = not self._had_answer and isinstance(
+                error, aiohttp.ClientConnectorError
+            )
+            raise unreachable from error
+
+    async def _answer_error(self, response: aiohttp.ClientResponse) -> ClientError:
+        body = b""
+        with suppress(aiohttp.ClientError):
+            while len(body) < _MAX_ERROR_BODY_BYTES:
+                block = await response.content.readany()
+                if not block:
+                    break
+                body += block
+        response.close()
+        head = response.headers
+        return answer_error(
+            self.base_url,
+            response.status,
+            head.get("Retry-After", ""),
+            head.get("Location", ""),
+            body,
+        )
+
+    async def fetch(self, request: Request) -> tuple[int, bytes]:
+        """Send what may be sent twice, until it is answered: status and body.
+
+        Raises:
+            ClientError: the server refused, or the time to give up has come.
+        """
+        backoff = Backoff(self.limits)
+        while True:
+            try:
+                response = await self.send(request)
+                return response.status, await self._read_whole(response)
+            except ClientError as error:
+                await asyncio.sleep(backoff.next_delay_s(error))
+
+    async def _read_whole(self, response: aiohttp.ClientResponse) -> bytes:
+        try:
+            async with response, asyncio.timeout(self.limits.answer_timeout_s):
+                return await response.read()
+        except (aiohttp.ClientError, OSError) as error:
+            raise UnreachableError(f"{self.base_url}: {cause(error)}") from error
+
+
+class Backoff:
+    """The pauses between tries, and when to stop trying."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self.reset()
+
+    def reset(self) -> None:
+        """All is well again."""
+        self._failures = 0
+        self._give_up_at: float | None = None
+
+    def next_delay_s(self, error: ClientError) -> float:
+        """How long to wait before the next try.
+
+        Raises:
+            ClientError: `error` itself, where another try is no use or not in time.
+        """
+        if not isinstance(error, (UnreachableError, UnavailableError)):
+            raise error
+        if isinstance(error, UnreachableError) and error.first_contact:
+            raise error
+        limits = self._limits
+        now = asyncio.get_running_loop().time()
+        if self._give_up_at is None:
+            self._give_up_at = now + limits.give_up_after_s
+        doubled_s = limits.first_delay_s * 2.0 ** min(self._failures, 60)  # so that it fits a float
+        delay_s = min(limits.max_delay_s, doubled_s) * random.uniform(0.5, 1.0)
+        if isinstance(error, UnavailableError) and error.retry_after_s is not None:
+            delay_s += error.retry_after_s
+        self._failures += 1
+        if now + delay_s > self._give_up_at:
+            raise error
+        return delay_s
+
+
+def cause(error: BaseException) -> str:
+    """A failure in a few words."""
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        if isinstance(error.os_error, ConnectionRefusedError):
+            return "connection refused"
+        return error.os_error.strerror or str(error)
+    return str(error) or type(error).__name__
