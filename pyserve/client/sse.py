@@ -1,8 +1,7 @@
 """Server-sent events out of bytes as they come: the reading side of WHATWG HTML, section 9.2.6.
 
-Why not a library: the decoders of httpx-sse, aiohttp-sse-client2 and sseclient-py throw comments
-away, and a stream's end is told by one (``: end completed``); the first imports httpx, the second
-reads line by line with a limit on a line's length and reconnects in its own way. No I/O here.
+Why not a library: a stream's end is told by a comment (``: end completed``), and those at hand, such
+as httpx-sse, throw comments away. No I/O here.
 """
 
 from __future__ import annotations

@@ -31,11 +31,11 @@ NOT_POSITIONS = [
     "\n1",
     "1\0",
     "12abc",
-    "١٢",  # Arabic digits, which int() takes
-    "１２",  # full-width digits  # noqa: RUF003
-    "²",
-    "𝟙",
-    "−1",  # noqa: RUF001  # a minus sign that is none
+    "\u0661\u0662",  # Arabic digits, which int() takes
+    "\uff11\uff12",  # full-width digits
+    "\u00b2",
+    "\U0001d7d9",
+    "\u22121",  # a minus sign that is none
     "nan",
     "inf",
     "None",
@@ -54,7 +54,7 @@ NOT_POSITIONS = [
     "abc -1",
     "ABC-1",
     "äbc-1",
-    "abc-١",
+    "abc-\u0661",
     "abc-earliest",
     "a" * 14 + "-1",  # longer than the largest epoch
     "abc\n-1",

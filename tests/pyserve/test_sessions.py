@@ -134,7 +134,9 @@ def test_no_event_is_put_into_the_middle_of_another(session: StreamSession) -> N
     assert data_lines(session) == [b"data: a", b"data: b"]
 
 
-@pytest.mark.parametrize("append", [lambda s: s.append("data: a\n\n"), lambda s: s.append_event("a")])
+@pytest.mark.parametrize(
+    "append", [lambda s: s.append("data: a\n\n"), lambda s: s.append_event("a")]
+)
 @pytest.mark.parametrize("end", [StreamSession.finalize, StreamSession.cancel])
 def test_nothing_is_appended_after_the_end(
     session: StreamSession, append: Append, end: Callable[[StreamSession], bool]
@@ -193,7 +195,7 @@ def test_an_event_that_the_end_of_the_input_completes_is_held_to_the_limit_too(
     assert b'"reason":"event_too_large"' in read_ready(session)
 
 
-def test_several_threads_append_whole_events(session: StreamSession) -> None:
+def test_several_threads_append_whole_events() -> None:
     manager = StreamSessionManager(Config())
     session = manager.create_or_replace("c")
     threads_count, events_each = 4, 500
@@ -299,6 +301,25 @@ def test_whatever_an_error_tells_it_fits_the_smallest_log(
     assert b'"reason":"upstream_error"' in session.last_event()
 
 
+def test_a_with_block_ends_its_session(manager: StreamSessionManager) -> None:
+    with manager.create_or_replace("good") as good:
+        good.append_event("a")
+    with pytest.raises(RuntimeError), manager.create_or_replace("bad") as bad:
+        raise RuntimeError
+    with manager.create_or_replace("stopped") as stopped:
+        stopped.cancel()
+        stopped.append_event("too late")
+    with manager.create_or_replace("mine") as mine:
+        mine.finalize("failed", "upstream_lost")
+    assert [s.state for s in (good, bad, stopped, mine)] == [
+        "completed",
+        "failed",
+        "cancelled",
+        "failed",
+    ]
+    assert bad.snapshot().reason == "generation_failed"
+
+
 def test_the_last_event_is_the_newest_that_is_kept(session: StreamSession) -> None:
     assert session.last_event() == b""
     session.append_event("a")
@@ -362,9 +383,7 @@ def test_an_evicted_generation_goes_on(manager: StreamSessionManager) -> None:
     session.finalize()
 
 
-def test_a_log_is_kept_for_its_ttl(
-    manager: StreamSessionManager, clock: _core.ManualClock
-) -> None:
+def test_a_log_is_kept_for_its_ttl(manager: StreamSessionManager, clock: _core.ManualClock) -> None:
     session = manager.create_or_replace("c")
     clock.advance(1000)
     assert manager.get("c") == session
@@ -378,10 +397,12 @@ def test_a_log_is_kept_for_its_ttl(
 def test_live_sessions_that_fill_the_budget_refuse_new_ones() -> None:
     manager = StreamSessionManager(Config(max_session_bytes=4096, max_total_bytes=64 * 1024))
     live = []
+    while manager.used_bytes < 63 * 1024:
+        live.append(manager.create_or_replace(str(len(live))))
+        fill(live[-1])
     with pytest.raises(MemoryBudgetError):
-        for number in range(100):
-            live.append(manager.create_or_replace(str(number)))  # noqa: PERF401
-            fill(live[-1])
+        manager.create_or_replace("one too many")
+    assert manager.get("one too many") is None
     live.pop(0).finalize()
     manager.create_or_replace("now it fits")
     assert manager.get("0") is None
@@ -399,7 +420,20 @@ def test_conversation_ids(manager: StreamSessionManager, text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", ".", "..", "x" * 256, "ä" * 128, "a\0", "a\n", "a\x1f", "a\x7f", "a\x80", "a\x9f", "\ud800"],
+    [
+        "",
+        ".",
+        "..",
+        "x" * 256,
+        "ä" * 128,
+        "a\0",
+        "a\n",
+        "a\x1f",
+        "a\x7f",
+        "a\x80",
+        "a\x9f",
+        "\ud800",
+    ],
 )
 def test_what_is_no_conversation_id(manager: StreamSessionManager, text: str) -> None:
     assert not is_conversation_id(text)

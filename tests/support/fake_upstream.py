@@ -176,9 +176,7 @@ async def _watch(reader: asyncio.StreamReader, exchange: Exchange) -> None:
     exchange.closed.set()
 
 
-async def _play(
-    script: tuple[Step, ...], writer: asyncio.StreamWriter, exchange: Exchange
-) -> None:
+async def _play(script: tuple[Step, ...], writer: asyncio.StreamWriter, exchange: Exchange) -> None:
     for step in script:
         if isinstance(step, asyncio.Event):
             await step.wait()

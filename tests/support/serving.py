@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +28,7 @@ Headers = dict[str, str] | Iterable[tuple[str, str | bytes]]
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for what nothing announces."""
     async with asyncio.timeout(PATIENCE_S):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.002)
 
 
@@ -160,7 +160,8 @@ class Connection:
             assert await self.fill(), f"{self.end} without an answer: {bytes(self.buffer)!r}"
         head = self.take(at + 4)
         first, *lines = head.decode("latin-1").split("\r\n")
-        headers = {name.lower(): value.strip() for name, _, value in (x.partition(":") for x in lines)}
+        pairs = (line.partition(":") for line in lines if line)
+        headers = {name.lower(): value.strip() for name, _, value in pairs}
         response = Response(self, int(first.split()[1]), head, headers)
         response.start_body(method)
         return response
@@ -195,6 +196,8 @@ class Server:
     def __init__(self, app: web.Application, runner: web.AppRunner) -> None:
         self.app = app
         self.runner = runner
+        #: The sessions of a pyserve that is a part of the application.
+        self.embedded: pyserve.StreamSessionManager
         self.connections: list[Connection] = []
 
     @property
@@ -240,6 +243,12 @@ class Server:
         """As :meth:`open`, read to its end."""
         return await (await self.open(method, target, *args, **keywords)).whole()
 
+    async def exchange(self, raw: bytes) -> Response:
+        """The whole answer to these bytes, on a connection of their own."""
+        connection = await self.connect()
+        await connection.send(raw)
+        return await (await connection.response("POST")).whole()
+
     async def post(self, conversation_id: str, **headers: str) -> Response:
         """Start a chat completion under this conversation id."""
         pairs = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -247,10 +256,12 @@ class Server:
         return await self.open("POST", "/v1/chat/completions", pairs, json={"stream": True})
 
 
+#: The fixture that starts a server with settings of one's own.
+Serve = Callable[..., Awaitable[Server]]
+
+
 @asynccontextmanager
-async def serving(
-    app: web.Application | None = None, **settings: Any
-) -> AsyncIterator[Server]:
+async def serving(app: web.Application | None = None, **settings: Any) -> AsyncIterator[Server]:
     """Serve `app`, or pyserve with these settings, on a free port."""
     if app is None:
         app = pyserve.create_app(pyserve.Config(**settings))
@@ -264,6 +275,27 @@ async def serving(
         for connection in server.connections:
             connection.close()
         await runner.cleanup()
+
+
+_MESSAGES = {
+    "invalid_body": "The request body is not a valid JSON object",
+    "invalid_offset": "A position is a number of bytes, an event id <epoch>-<offset>,"
+    " or 'earliest'",
+    "invalid_conversation_id": "A conversation id is 1 to 255 bytes of UTF-8 without control"
+    " characters, not '.' or '..'",
+}
+
+
+def assert_refused(response: Response, reason: str) -> None:
+    """It is the 400 of this reason, to the letter."""
+    assert response.status == 400
+    assert response.headers["content-type"] == "application/json"
+    assert response.error == {
+        "code": 400,
+        "type": "invalid_request_error",
+        "message": _MESSAGES[reason],
+        "reason": reason,
+    }
 
 
 @dataclass(frozen=True)

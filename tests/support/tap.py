@@ -73,6 +73,8 @@ class Tap:
     def __init__(self, url: str) -> None:
         self.url = url
         self.connections: list[TappedConnection] = []
+        #: Set when there is a connection.
+        self.connected = asyncio.Event()
 
     def find(self, text: str) -> TappedConnection:
         """The one connection whose request holds `text`."""
@@ -91,6 +93,7 @@ async def tap(upstream_url: str, *, pause_s: float = 0) -> AsyncIterator[Tap]:
     async def on_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = TappedConnection(pause_s)
         tapped.connections.append(connection)
+        tapped.connected.set()
         there = await asyncio.open_connection(upstream.hostname, upstream.port)
         await connection.relay((reader, writer), there)
 
