@@ -23,8 +23,10 @@ from pyserve.producers.upstream import Upstream
 from pyserve.routes.context import CONTEXT, Authenticate, Context, single_owner
 from pyserve.routes.generate import add_generation_routes
 from pyserve.routes.health import add_health_routes
+from pyserve.routes.page import add_page_routes
 from pyserve.routes.proxy import add_proxy_routes
 from pyserve.routes.streams import add_stream_routes
+from pyserve.routes.upstream_page import add_upstream_page_routes
 from pyserve.sessions import StreamSessionManager
 
 log = logging.getLogger("pyserve")
@@ -57,6 +59,10 @@ def create_app(
     app[CONTEXT] = context
     add_stream_routes(app)
     add_health_routes(app)
+    if config.ui == "upstream":
+        add_upstream_page_routes(app)
+    else:
+        add_page_routes(app)
     if config.upstream or config.model or config.demo:
         add_generation_routes(app)
         add_proxy_routes(app)

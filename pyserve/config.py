@@ -10,12 +10,13 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from pyserve.errors import ConfigError
 
 Unit = Literal["", "seconds", "bytes", "tokens"]
+Ui = Literal["pyserve", "upstream"]
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -56,6 +57,12 @@ class Config:
     )
     model_slots: int = _setting(2, "Generations that --model runs at once.", minimum=1)
     demo: bool = _setting(False, "Stream a short tour of pyserve; needs no model.")
+
+    # --- the page
+    ui: Ui = _setting(
+        "pyserve",
+        "The page at /: pyserve's own, or the upstream's (llama.cpp's web UI) passed through.",
+    )
 
     # --- the log of a session
     max_session_bytes: int = _setting(
@@ -125,6 +132,10 @@ class Config:
         sources = [name for name in ("upstream", "model", "demo") if getattr(self, name)]
         if len(sources) > 1:
             raise ConfigError(f"only one source of generations is possible, not {sources}")
+        if self.ui == "upstream" and not (self.upstream or self.model):
+            raise ConfigError(
+                "ui is 'upstream', which needs an upstream or a model that has a page"
+            )
         if self.upstream is not None:
             _check_url(self.upstream)
         if self.model is not None and not self.model.is_file():
@@ -152,6 +163,7 @@ class Setting:
     default: Any
     description: str
     minimum: float | None
+    choices: tuple[str, ...] = ()
 
     @property
     def unit(self) -> Unit:
@@ -172,7 +184,10 @@ class Setting:
         return "PYSERVE_" + self.name.upper()
 
     def check(self, value: Any) -> None:
-        """Raise ConfigError if `value` is below the minimum or not a finite number."""
+        """Raise ConfigError if `value` is none of the choices, below the minimum or not a finite
+        number."""
+        if self.choices and value not in self.choices:
+            raise ConfigError(f"{self.name} is {value!r}, not one of {', '.join(self.choices)}")
         if self.minimum is None:
             return
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -188,7 +203,10 @@ _BASE_TYPES: dict[str, type] = {
     "float": float,
     "bool": bool,
     "Path | None": Path,
+    "Ui": str,
 }
+
+_CHOICES: dict[str, tuple[str, ...]] = {"Ui": get_args(Ui)}
 
 
 def settings() -> Iterator[Setting]:
@@ -200,6 +218,7 @@ def settings() -> Iterator[Setting]:
             default=item.default,
             description=item.metadata["description"],
             minimum=item.metadata["minimum"],
+            choices=_CHOICES.get(str(item.type), ()),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 from urllib.parse import unquote_plus, unquote_to_bytes
 
@@ -11,6 +12,10 @@ from aiohttp.http import HttpProcessingError
 
 from pyserve.errors import ApiError
 from pyserve.sessions import is_conversation_id
+
+#: A body of which nothing comes for this long is given up: aiohttp itself would wait for ever, also
+#: after a chunk that it could not parse.
+BODY_IDLE_TIMEOUT_S = 30.0
 
 
 def query_values(request: web.Request, name: str) -> list[str]:
@@ -52,9 +57,10 @@ def conversation_id_in_url(request: web.Request) -> str:
     prefix, has_id, _ = request.match_info.route.resource.canonical.partition("{")
     if not has_id:
         return _checked(sole_query_value(request, "conv_id", "invalid_conversation_id"))
-    # aiohttp's own decoding keeps %2F and %25 as they are; an id may hold both.
-    raw = unquote_to_bytes(request.rel_url.raw_path[len(prefix) :])
-    return _checked(raw.decode(errors="surrogateescape"))
+    # Not match_info, which keeps %2F and %25 as they are; an id may hold both. The prefix may come
+    # percent-encoded too, which changes its length but not its slashes.
+    raw = request.rel_url.raw_path.split("/", prefix.count("/"))[-1]
+    return _checked(unquote_to_bytes(raw).decode(errors="surrogateescape"))
 
 
 def conversation_id_of_post(request: web.Request) -> str | None:
@@ -73,19 +79,32 @@ def conversation_id_of_post(request: web.Request) -> str | None:
 
 
 async def read_body(request: web.Request, max_body_bytes: int) -> bytes:
-    """The whole body.
+    """The whole body, whatever limit the embedding application has for its own routes.
 
     Raises:
-        ApiError: reason ``body_too_large``; ``invalid_body`` where it broke off or isn't encoded as
-            its headers say.
+        ApiError: reason ``body_too_large``; ``invalid_body`` where it broke off, came to a halt or
+            isn't encoded as its headers say.
     """
+    body = bytearray()
     try:
-        # The embedding application has a limit of its own for its own routes.
-        return await request.clone(client_max_size=max_body_bytes).read()
-    except web.HTTPRequestEntityTooLarge:
-        raise ApiError("body_too_large", max_body_bytes=max_body_bytes) from None
-    except (HttpProcessingError, ConnectionError):
+        if request.content.at_eof():
+            return await request.read()  # empty, or an authenticate() has read it
+        while block := await _read_block(request):
+            body += block
+            if len(body) > max_body_bytes:
+                raise ApiError("body_too_large", max_body_bytes=max_body_bytes)
+    except (web.RequestPayloadError, HttpProcessingError, ConnectionError, TimeoutError):
+        # Nobody knows where a next request would begin, and aiohttp is not to look for it.
+        request.content.feed_eof()
+        if request.protocol is not None:
+            request.protocol.close()
         raise ApiError("invalid_body") from None
+    return bytes(body)
+
+
+async def _read_block(request: web.Request) -> bytes:
+    async with asyncio.timeout(BODY_IDLE_TIMEOUT_S):
+        return await request.content.readany()
 
 
 def parse_json_object(body: bytes) -> dict[str, Any]:

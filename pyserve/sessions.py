@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import re
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -353,9 +354,12 @@ class StreamSessionManager:
         if not is_conversation_id(conversation_id):
             raise ApiError("invalid_conversation_id")
         session: StreamSession
+        # A hook of the replaced session, or another thread, may end the new one before it is known
+        # here: whichever comes second, the ending or the session, calls on_end.
+        arrivals = itertools.count()
 
         def call_on_end() -> None:
-            if on_end is not None:
+            if next(arrivals) and on_end is not None:
                 _call_guarded(lambda: on_end(session))
 
         def call_on_cancel() -> None:
@@ -363,9 +367,14 @@ class StreamSessionManager:
                 _call_guarded(on_cancel)
 
         core = self._core.create_or_replace(
-            owner, conversation_id, call_on_cancel, call_on_end, tag
+            owner,
+            conversation_id,
+            call_on_cancel if on_cancel else None,
+            call_on_end if on_end else None,
+            tag,
         )
         session = StreamSession(core, self, dialect)
+        call_on_end()
         return session
 
     def get(self, conversation_id: str, *, owner: str = SINGLE_OWNER) -> StreamSession | None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from pyserve.errors import (
     ApiError,
@@ -27,10 +29,19 @@ log = logging.getLogger("pyserve")
 Produce = Callable[[StreamSession, Callable[[], None]], Awaitable[str | None]]
 
 
+def _call_in(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: Any) -> None:
+    """Call on the loop's thread: now if that is this one. Whoever ends a session may be on any."""
+    if asyncio._get_running_loop() is loop:
+        callback(*args)
+    elif not loop.is_closed():
+        loop.call_soon_threadsafe(callback, *args)
+
+
 class Generation:
-    """One producer at work. Made by :meth:`Generations.start`."""
+    """One producer at work. Made by :meth:`Generations.start`, in the running loop."""
 
     def __init__(self, grace_until: float) -> None:
+        self._loop = asyncio.get_running_loop()
         self.session: StreamSession
         self.refused: ApiError | None = None
         self._grace_until = grace_until
@@ -73,7 +84,10 @@ class Generation:
         self.session.fail(error)
 
     def stop(self) -> None:
-        """Stop producing. The session has ended or is about to."""
+        """Stop producing. The session has ended or is about to. Any thread may call it."""
+        _call_in(self._loop, self._stop)
+
+    def _stop(self) -> None:
         self._settled.set()
         if self._task is not None:
             self._task.cancel()
@@ -102,6 +116,7 @@ class Generations:
     def __init__(self, manager: StreamSessionManager) -> None:
         self._manager = manager
         self._running: dict[StreamSession, Generation] = {}
+        self._passing = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -123,12 +138,13 @@ class Generations:
             ApiError: as ``create_or_replace``; ``memory_budget``.
         """
         generation = Generation(grace_until)
+        loop = asyncio.get_running_loop()
         try:
             generation.session = self._manager.create_or_replace(
                 conversation_id,
                 owner=owner,
                 on_cancel=generation.stop,
-                on_end=self._forget,
+                on_end=lambda session: _call_in(loop, self._forget, session),
                 dialect=dialect,
                 tag=tag,
             )
@@ -137,11 +153,28 @@ class Generations:
         self._running[generation.session] = generation
         self._idle.clear()
         generation.launch(produce)
+        if not generation.session.is_live:  # stopped while it was made
+            generation.stop()
+            self._forget(generation.session)
         return generation
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Count what the with-block does as a generation too: one that keeps no session."""
+        self._passing += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._passing -= 1
+            self._tell_if_idle()
 
     def _forget(self, session: StreamSession) -> None:
         self._running.pop(session, None)
-        if not self._running:
+        self._tell_if_idle()
+
+    def _tell_if_idle(self) -> None:
+        if not self._running and not self._passing:
             self._idle.set()
 
     def get(self, session: StreamSession) -> Generation | None:

@@ -48,6 +48,12 @@ _LOAD_STEPS = [
     )
 ]
 
+# An error of llama.cpp's (timestamp, E, text) or of llama_child's.
+_ERROR = re.compile(r"(?:^[\d.]+ E|error loading model:|^error:) +(.+)")
+
+# A line longer than this is taken in pieces.
+_LONGEST_LINE_BYTES = 64 * 1024
+
 Progress = Callable[[float], None]
 
 
@@ -66,6 +72,7 @@ class _Child:
         self.process = process
         self._on_progress = on_progress
         self._last_lines: list[str] = []
+        self._first_error = ""
         self._reading = asyncio.create_task(self._read_log(), name="llama.cpp log")
 
     async def _read_log(self) -> None:
@@ -75,18 +82,28 @@ class _Child:
         async for line in _lines(self.process.stderr):
             log.debug("%s", line)
             self._last_lines = [*self._last_lines[1 - _LOG_LINES_TOLD :], line]
+            if not self._first_error and (found := _ERROR.search(line)):
+                self._first_error = found[1]
             for done, pattern in enumerate(_LOAD_STEPS[step:], step + 1):
                 if pattern.search(line):
                     step = done
                     self._on_progress(done / len(_LOAD_STEPS))
 
     async def wait(self) -> int:
-        """Wait for its end; logs its last words and returns its exit status."""
+        """Wait for its end; returns its exit status."""
         status = await self.process.wait()
         await self._reading
-        for line in self._last_lines:
-            log.error("llama.cpp: %s", line)
         return status
+
+    @property
+    def first_error(self) -> str:
+        """Why it could not start: what comes after the first error only follows from it."""
+        return self._first_error or "\n".join(self._last_lines)
+
+    @property
+    def last_words(self) -> str:
+        """What it said before its end."""
+        return "\n".join(self._last_lines)
 
     async def stop(self) -> None:
         """End it: kindly, then surely."""
@@ -102,11 +119,17 @@ class _Child:
 
 
 async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
-    """Lines of any length: a long one comes in pieces rather than ending the reading."""
-    while block := await stream.read(64 * 1024):
-        for line in block.decode(errors="replace").splitlines():
+    """Lines that aren't empty, of any length."""
+    rest = b""
+    while block := await stream.read(_LONGEST_LINE_BYTES):
+        *lines, rest = (rest + block).split(b"\n")
+        if len(rest) > _LONGEST_LINE_BYTES:
+            lines, rest = [*lines, rest], b""
+        for line in lines:
             if line.strip():
-                yield line
+                yield line.decode(errors="replace").rstrip()
+    if rest.strip():
+        yield rest.decode(errors="replace").rstrip()
 
 
 def _free_port() -> int:
@@ -134,7 +157,7 @@ class _Supervisor:
         """Start llama.cpp and wait until the model is loaded.
 
         Raises:
-            ConfigError: the model cannot be loaded; llama.cpp's last lines are in the log.
+            ConfigError: the model cannot be loaded, with llama.cpp's own words.
         """
         child = await self._spawn()
         exited = asyncio.create_task(child.process.wait())
@@ -146,9 +169,7 @@ class _Supervisor:
             loaded.cancel()
         if exited.done():
             await child.wait()
-            raise ConfigError(
-                f"llama.cpp cannot load {self._config.model}; its last lines are above"
-            )
+            raise ConfigError(f"llama.cpp cannot load {self._config.model}: {child.first_error}")
         self._on_progress(1.0)
 
     async def _spawn(self) -> _Child:
@@ -195,7 +216,10 @@ class _Supervisor:
             if clock() - started > _STEADY_AFTER_S:
                 delay_s = _FIRST_RESTART_DELAY_S
             log.error(
-                "llama.cpp ended with status %d; starting it again in %.1f s", status, delay_s
+                "llama.cpp ended with status %d, starting it again in %.1f s; its last words:\n%s",
+                status,
+                delay_s,
+                child.last_words,
             )
             await asyncio.sleep(delay_s)
             delay_s = min(delay_s * 2, _LONGEST_RESTART_DELAY_S)

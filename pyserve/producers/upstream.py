@@ -77,7 +77,7 @@ class Upstream:
         # The routes begin with /v1: take the form that OpenAI's SDKs want, too.
         self._base_url = base_url.rstrip("/").removesuffix("/v1")
         self._config = config
-        self._headers = {"Accept-Encoding": "identity"}
+        self._headers = {}
         if key:
             self._headers["Authorization"] = f"Bearer {key}"
         self._http: aiohttp.ClientSession
@@ -99,10 +99,19 @@ class Upstream:
 
     @asynccontextmanager
     async def exchange(
-        self, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes | None = None,
+        *,
+        as_is: bool = False,
     ) -> AsyncIterator[Answer]:
         """One request, entered when a 2xx head has come; the connection is closed on leaving,
         whatever is left of the answer. `path` is percent-encoded and may have a query.
+
+        `as_is` is for who passes on the head, too: a 304 is an answer like any, and the body comes
+        in an encoding that the `headers` accept.
 
         Raises:
             ApiError: for every failure of the upstream, its error statuses included.
@@ -112,8 +121,10 @@ class Upstream:
             async with asyncio.timeout(first_byte_timeout_s) as deadline:
                 response = await self._request(method, path, headers, body)
                 try:
-                    await _raise_for_status(response)
-                    _raise_for_encoding(response)
+                    if not (as_is and response.status == 304):
+                        await _raise_for_status(response)
+                    if not as_is:
+                        _raise_for_encoding(response)
                     yield Answer(response, deadline, self._config.upstream_idle_timeout_s)
                 finally:
                     response.close()
@@ -127,7 +138,7 @@ class Upstream:
             return await self._http.request(
                 method,
                 URL(self._base_url + path, encoded=True),
-                headers={**headers, **self._headers},
+                headers={"Accept-Encoding": "identity", **headers, **self._headers},
                 # From a file aiohttp sends a large body in pieces, so that the loop isn't held up.
                 data=io.BytesIO(body) if body is not None else None,
                 allow_redirects=False,

@@ -36,7 +36,9 @@ async def _generate(route: Route, request: web.Request) -> web.StreamResponse:
     wants_stream = parse_json_object(body).get("stream") is True
     conversation_id = conversation_id_of_post(request)
     if conversation_id is None or not wants_stream:
-        return await forward(request, upstream, route.path, body)
+        _refuse_if_draining(context)
+        with context.generations.passing():
+            return await forward(request, upstream, route.path, body)
 
     conflict_mode = _conflict_mode(request)
     tag = _idempotency_tag(route, request, body)
@@ -49,8 +51,7 @@ async def _generate(route: Route, request: web.Request) -> web.StreamResponse:
             return await stream_response(request, present, EARLIEST)
         if present.is_live and conflict_mode == "reject":
             raise ApiError("session_active", epoch=present.epoch)
-    if context.draining:
-        raise ApiError("shutdown", retry_after_s=1)
+    _refuse_if_draining(context)
 
     generation = context.generations.start(
         conversation_id,
@@ -63,6 +64,11 @@ async def _generate(route: Route, request: web.Request) -> web.StreamResponse:
     await generation.wait_settled()
     # From its first byte: who asked for an answer is told if even that was dropped.
     return await stream_response(request, generation.session, START)
+
+
+def _refuse_if_draining(context: Context) -> None:
+    if context.draining:
+        raise ApiError("shutdown", retry_after_s=1)
 
 
 def _conflict_mode(request: web.Request) -> str:

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, contextmanager
 
 from aiohttp import hdrs, web
 
-from pyserve.delivery import reset_connection
+from pyserve.delivery import open_readers, reset_connection
 from pyserve.errors import ApiError
 from pyserve.producers.upstream import Upstream
 from pyserve.requests import read_body
@@ -88,7 +88,9 @@ async def forward(
             status=answer.status,
             headers={n: v for n, v in answer.headers.items() if n.lower() in _PASSED_BACK},
         )
-        with _whole_or_reset(request):
+        if request.transport is None:
+            return response  # the client left before the first byte
+        with _whole_or_reset(request, request.transport):
             await response.prepare(request)
             while block := await answer.read_block():
                 async with asyncio.timeout(write_timeout_s):
@@ -97,15 +99,19 @@ async def forward(
 
 
 @contextmanager
-def _whole_or_reset(request: web.Request) -> Iterator[None]:
-    """An answer that has begun cannot turn into an error: its connection is reset instead."""
+def _whole_or_reset(request: web.Request, transport: asyncio.Transport) -> Iterator[None]:
+    """An answer that has begun cannot turn into an error: its connection is reset instead, at the
+    server's shutdown, too."""
+    readers = open_readers(context_of(request).manager)
+    readers.add(transport)
     try:
         yield
     except BaseException as error:
-        if request.transport is not None:
-            reset_connection(request.transport)
+        reset_connection(transport)
         if not isinstance(error, (ApiError, ConnectionError, TimeoutError)):
             raise
+    finally:
+        readers.remove(transport)
 
 
 @asynccontextmanager

@@ -1,14 +1,12 @@
 """What every test of the routes has."""
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 
 import pytest
 from fake_upstream import FakeUpstream
-from serving import Server, serving
-
-Serve = Callable[..., Awaitable[Server]]
+from serving import Serve, Server, serving
 
 
 @pytest.fixture
@@ -23,9 +21,7 @@ async def serve(upstream: FakeUpstream) -> AsyncIterator[Serve]:
     async with AsyncExitStack() as stack:
 
         async def start(**settings: object) -> Server:
-            return await stack.enter_async_context(
-                serving(**{"upstream": upstream.url} | settings)
-            )
+            return await stack.enter_async_context(serving(**{"upstream": upstream.url} | settings))
 
         yield start
 

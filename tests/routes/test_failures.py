@@ -19,7 +19,7 @@ from fake_upstream import (
     stream,
     token,
 )
-from serving import Response, Server, events_of, texts_of
+from serving import Response, Serve, Server, events_of, texts_of
 
 WAYS = {"kept": {"X-Conversation-Id": "c"}, "strict proxy": {}}
 
@@ -84,7 +84,7 @@ async def test_an_early_failure_has_its_own_status_and_leaves_no_session(
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_a_refused_connection_is_502(serve, way: str) -> None:
+async def test_a_refused_connection_is_502(serve: Serve, way: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]
     server = await serve(upstream=f"http://127.0.0.1:{port}")
@@ -218,7 +218,9 @@ async def test_an_error_whose_body_never_ends_is_told_all_the_same(
     await (await upstream.exchange()).wait_closed()
 
 
-async def test_a_silent_upstream_within_the_grace_is_504(serve, upstream: FakeUpstream) -> None:
+async def test_a_silent_upstream_within_the_grace_is_504(
+    serve: Serve, upstream: FakeUpstream
+) -> None:
     server = await serve(upstream_first_byte_timeout_s=0.05)
     upstream.play((STALL,))
     for way in WAYS.values():
@@ -276,10 +278,13 @@ LATE: dict[str, tuple[tuple[Step, ...], str]] = {
 
 @pytest.mark.parametrize("case", LATE)
 async def test_a_late_failure_is_an_error_event_and_the_end(
-    serve, upstream: FakeUpstream, case: str
+    serve: Serve, upstream: FakeUpstream, case: str
 ) -> None:
-    server = await serve(upstream_idle_timeout_s=0.2, max_session_bytes=4096)
     script, reason = LATE[case]
+    server = await serve(
+        upstream_idle_timeout_s=0.2 if reason == "upstream_timeout" else 30.0,
+        max_session_bytes=4096,
+    )
     taken = asyncio.Event()
     upstream.play(tuple(taken if step == "taken" else step for step in script))
     posted = await server.post("c")
@@ -298,7 +303,9 @@ async def test_a_late_failure_is_an_error_event_and_the_end(
     await (await upstream.exchange()).wait_closed()
 
 
-async def test_a_bad_chunk_size_in_mid_stream_ends_it_too(serve, upstream: FakeUpstream) -> None:
+async def test_a_bad_chunk_size_in_mid_stream_ends_it_too(
+    serve: Serve, upstream: FakeUpstream
+) -> None:
     server = await serve(upstream_idle_timeout_s=0.2)
     taken = asyncio.Event()
     upstream.play((SSE_HEAD, chunk(token("a")), taken, b"zz\r\ndata: b\n\n\r\n", STALL))
@@ -311,7 +318,9 @@ async def test_a_bad_chunk_size_in_mid_stream_ends_it_too(serve, upstream: FakeU
     assert reason in ("upstream_lost", "upstream_timeout")  # aiohttp's client doesn't always wake
 
 
-async def test_no_first_byte_in_time_is_told_in_the_stream(serve, upstream: FakeUpstream) -> None:
+async def test_no_first_byte_in_time_is_told_in_the_stream(
+    serve: Serve, upstream: FakeUpstream
+) -> None:
     server = await serve(upstream_first_byte_timeout_s=0.1, upstream_idle_timeout_s=30.0)
     upstream.play((SSE_HEAD, STALL))
     posted = await server.post("c")
@@ -319,18 +328,18 @@ async def test_no_first_byte_in_time_is_told_in_the_stream(serve, upstream: Fake
 
 
 async def test_the_first_byte_may_take_longer_than_later_ones(
-    serve, upstream: FakeUpstream
+    serve: Serve, upstream: FakeUpstream
 ) -> None:
-    server = await serve(upstream_first_byte_timeout_s=30.0, upstream_idle_timeout_s=0.05)
+    server = await serve(upstream_first_byte_timeout_s=30.0, upstream_idle_timeout_s=0.3)
     prompt_read = asyncio.Event()
     upstream.play((SSE_HEAD, prompt_read, chunk(token("a") + DONE), LAST_CHUNK))
     posted = await server.post("c")
-    await asyncio.sleep(0.15)
+    await asyncio.sleep(0.4)
     prompt_read.set()
     assert texts_of(await posted.read_to_end()) == ["a", "[DONE]"]
 
 
-async def test_on_messages_an_error_is_a_named_event(serve, upstream: FakeUpstream) -> None:
+async def test_on_messages_an_error_is_a_named_event(serve: Serve, upstream: FakeUpstream) -> None:
     server = await serve()
     upstream.play((SSE_HEAD, chunk(b'event: ping\ndata: {"type": "ping"}\n\n')))
     posted = await server.fetch(
@@ -363,7 +372,7 @@ async def test_an_events_of_the_upstreams_own_error_is_passed_like_any_other(
 
 @pytest.mark.parametrize("case", ["closes mid-chunk", "resets mid-event", "stalls mid-event"])
 async def test_the_strict_proxy_resets_an_answer_that_broke_off(
-    serve, upstream: FakeUpstream, case: str
+    serve: Serve, upstream: FakeUpstream, case: str
 ) -> None:
     server = await serve(upstream_idle_timeout_s=0.2)
     taken = asyncio.Event()

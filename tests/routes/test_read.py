@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 from fake_upstream import DONE, SSE_HEAD, STALL, FakeUpstream, chunk, stream, token
-from serving import Server, events_of, texts_of
+from serving import Serve, Server, events_of, texts_of
 
 import pyserve
 
@@ -159,7 +159,7 @@ async def test_no_204_while_the_stream_is_live(server: Server, upstream: FakeUps
 # --- positions that cannot be read
 
 
-async def test_a_position_that_was_dropped_is_told_as_lost(serve) -> None:
+async def test_a_position_that_was_dropped_is_told_as_lost(serve: Serve) -> None:
     server = await serve(max_session_bytes=4096)
     session = finished(server, *(f"word {n}" for n in range(100)))
     now = session.snapshot()
@@ -181,7 +181,7 @@ async def test_a_position_that_was_dropped_is_told_as_lost(serve) -> None:
     assert (await server.fetch("GET", "/v1/stream/c")).error["reason"] == "offset_lost"
 
 
-async def test_earliest_begins_where_the_log_begins_now(serve) -> None:
+async def test_earliest_begins_where_the_log_begins_now(serve: Serve) -> None:
     server = await serve(max_session_bytes=4096)
     session = finished(server, *(f"word {n}" for n in range(100)))
     response = await server.fetch("GET", "/v1/stream/c?from=earliest")
@@ -240,7 +240,7 @@ async def test_another_epoch_is_told_with_the_current_one(
         }
 
 
-async def test_unknown_stopped_and_expired_streams_answer_alike(serve) -> None:
+async def test_unknown_stopped_and_expired_streams_answer_alike(serve: Serve) -> None:
     server = await serve(session_ttl_s=0.0)
     finished(server, "a", conversation_id="expired")
     server.manager.create_or_replace("stopped")
