@@ -115,6 +115,9 @@ class Config:
     max_body_bytes: int = _setting(
         32 * MIB, "Largest request body; pictures in prompts are large.", minimum=1 * KIB
     )
+    body_idle_timeout_s: float = _setting(
+        30.0, "A request body of which nothing comes for this long is given up.", minimum=0.01
+    )
 
     def __post_init__(self) -> None:
         for setting in settings():

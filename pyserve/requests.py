@@ -10,12 +10,9 @@ import orjson
 from aiohttp import web
 from aiohttp.http import HttpProcessingError
 
+from pyserve.config import Config
 from pyserve.errors import ApiError
 from pyserve.sessions import is_conversation_id
-
-#: A body of which nothing comes for this long is given up: aiohttp itself would wait for ever, also
-#: after a chunk that it could not parse.
-BODY_IDLE_TIMEOUT_S = 30.0
 
 
 def query_values(request: web.Request, name: str) -> list[str]:
@@ -78,18 +75,23 @@ def conversation_id_of_post(request: web.Request) -> str | None:
     return _checked(given.pop())
 
 
-async def read_body(request: web.Request, max_body_bytes: int) -> bytes:
-    """The whole body, whatever limit the embedding application has for its own routes.
+async def read_body(
+    request: web.Request, config: Config, max_body_bytes: int | None = None
+) -> bytes:
+    """The whole body, whatever limit the embedding application has for its own routes; at most
+    `max_body_bytes`, by default ``config.max_body_bytes``.
 
     Raises:
         ApiError: reason ``body_too_large``; ``invalid_body`` where it broke off, came to a halt or
             isn't encoded as its headers say.
     """
+    if max_body_bytes is None:
+        max_body_bytes = config.max_body_bytes
     body = bytearray()
     try:
         if request.content.at_eof():
             return await request.read()  # empty, or an authenticate() has read it
-        while block := await _read_block(request):
+        while block := await _read_block(request, config.body_idle_timeout_s):
             body += block
             if len(body) > max_body_bytes:
                 raise ApiError("body_too_large", max_body_bytes=max_body_bytes)
@@ -102,8 +104,8 @@ async def read_body(request: web.Request, max_body_bytes: int) -> bytes:
     return bytes(body)
 
 
-async def _read_block(request: web.Request) -> bytes:
-    async with asyncio.timeout(BODY_IDLE_TIMEOUT_S):
+async def _read_block(request: web.Request, idle_timeout_s: float) -> bytes:
+    async with asyncio.timeout(idle_timeout_s):
         return await request.content.readany()
 
 

@@ -57,7 +57,7 @@ async def _pass_through(path: str, request: web.Request) -> web.StreamResponse:
     upstream = context.require_upstream()
     body = None
     if request.method == hdrs.METH_POST:
-        body = await read_body(request, context.config.max_body_bytes)
+        body = await read_body(request, context.config)
     query = request.rel_url.raw_query_string
     return await forward(request, upstream, f"{path}?{query}" if query else path, body)
 

@@ -61,15 +61,17 @@ def _check_if_match(request: web.Request, session: StreamSession) -> None:
 async def _lookup(request: web.Request) -> web.Response:
     context = context_of(request)
     owner = await context.owner_of(request)
-    body = parse_json_object(await read_body(request, MAX_LOOKUP_BODY_BYTES))
+    body = parse_json_object(await read_body(request, context.config, MAX_LOOKUP_BODY_BYTES))
     ids = body.get("conversation_ids")
-    if not isinstance(ids, list) or not all(isinstance(item, str) for item in ids):
-        raise ApiError("invalid_body", "conversation_ids must be an array of strings")
+    if not isinstance(ids, list):
+        raise ApiError("invalid_body", "conversation_ids must be an array")
     if len(ids) > MAX_LOOKUP_IDS:
         raise ApiError(
             "invalid_body", "There are too many conversation_ids", max_ids=MAX_LOOKUP_IDS
         )
-    found = context.manager.lookup(ids, owner=owner)
+    # What isn't an id matches nothing.
+    texts = [item for item in ids if isinstance(item, str)]
+    found = context.manager.lookup(texts, owner=owner)
     return web.Response(
         body=orjson.dumps([_describe(session) for session in found]),
         content_type="application/json",

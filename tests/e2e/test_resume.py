@@ -76,8 +76,8 @@ class Client:
         params, headers = {"from": str(self.offset)}, {}
         if way != "offset":
             event_id = self._forget_half_event()
-            params = {"from": event_id or "0"}
-            if way == "header" and event_id:
+            params = {"from": event_id}
+            if way == "header":
                 params, headers = {"from": "0"}, {"Last-Event-ID": event_id}
         async with self.http.get(self.url.with_query(params), headers=headers) as answer:
             assert answer.status in (200, 400)
@@ -86,15 +86,14 @@ class Client:
                 assert answer.headers["X-Stream-Epoch"] == self.epoch
             yield answer
 
-    def _forget_half_event(self) -> str | None:
-        """Keep whole events only; returns the id of the last one."""
-        self.received = self.received[: self.received.rfind(b"\n\n") + 2]
-        ids = re.findall(rb"^id: (.+)\n\n", self.received, re.MULTILINE)
-        if not ids:
-            self.received = b""
-            return None
-        assert ids[-1].decode() == f"{self.epoch}-{self.offset}"
-        return ids[-1].decode()
+    def _forget_half_event(self) -> str:
+        """Keep whole events only; returns the id of the last one, or of where he began."""
+        whole, blank_line, _ = self.received.rpartition(b"\n\n")
+        self.received = whole + blank_line
+        here = f"{self.epoch}-{self.offset}"
+        if whole:
+            assert whole.endswith(f"\nid: {here}".encode())
+        return here
 
     async def read_piece(self, answer: aiohttp.ClientResponse) -> None:
         """Take some bytes and cut the connection, every second time inside a character."""
