@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import os
 import random
-import re
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -65,9 +64,9 @@ class Client:
         headers = {"X-Conversation-Id": self.conversation_id}
         body = chat(TOKENS, seed=seed)
         async with self.http.post(self._post_url, json=body, headers=headers) as answer:
-            if answer.status == 200:
-                assert answer.headers["X-Stream-Offset"] == "0"
-                self.epoch = answer.headers["X-Stream-Epoch"]
+            assert answer.status == 200
+            self.epoch = answer.headers["X-Stream-Epoch"]
+            self.start = int(answer.headers["X-Stream-Offset"])
             yield answer
 
     @asynccontextmanager
@@ -203,8 +202,8 @@ class LossyClient(Client):
         error = (await answer.json())["error"]
         assert error["reason"] == "offset_lost"
         assert error["first_offset"] > self.offset
+        assert error["epoch"] == self.epoch
         self.figures["lost"] += 1
-        self.epoch = self.epoch or error["epoch"]
         self.runs.append((self.start, self.received))
         async with self.http.get(self.url.with_query({"from": "earliest"})) as answer:
             assert answer.status == 200
@@ -238,6 +237,7 @@ async def test_a_log_that_drops_its_prefix_answers_exactly_or_tells_the_loss(
         rng = random.Random(seed)
         client = LossyClient(http, server.url, rng)
         async with client.post(seed) as answer:
+            client.figures["begun late"] += client.start > 0
             await client.read_or_start_over(answer, end=False)
         for way in rng.sample(["offset", "id", "header"], 3):
             await client.stay_away(rng.uniform(0, 2 * cap_bytes))

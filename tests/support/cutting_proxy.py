@@ -65,6 +65,12 @@ class CuttingProxy:
         await asyncio.gather(*self._relays, return_exceptions=True)
         await self._server.wait_closed()
 
+    async def break_all(self) -> None:
+        """Break every connection; new ones are taken."""
+        for relay in list(self._relays):
+            relay.cancel()
+        await asyncio.gather(*self._relays, return_exceptions=True)
+
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         relay = asyncio.create_task(self._relay(reader, writer))
         self._relays.add(relay)

@@ -36,7 +36,6 @@ def llama_server(model: Path) -> Iterator[Server]:
         *("--threads", "1"),
         *("--parallel", str(SLOTS)),
         *("--ctx-size", str(SLOTS * SLOT_CONTEXT_TOKENS)),
-        "--no-ui",
     ]
     with Server(command, environment()) as server:
         yield server

@@ -1,0 +1,208 @@
+// Light Markdown as it streams: only the last block is made anew, finished ones stay.
+//
+// Elements are made one by one from marked's tokens; HTML in the text is shown as the text it is.
+
+import { lexer } from "./vendor/marked/marked.esm.js";
+
+// Making the last block anew for every token costs more the longer it gets: beyond this it is cut,
+// lists between items, paragraphs between sentences, and code is added to. What can't be cut is
+// shown as it is written, from the second figure on.
+const LONG_CHARS = 4000;
+const TOO_LONG_CHARS = 20_000;
+const SAFE_LINK = /^(https?|mailto):/i;
+const ENTITIES = { amp: "&", lt: "<", gt: ">", quot: '"', "#39": "'", nbsp: "\u00a0" };
+const INLINE = { strong: "strong", em: "em", del: "del" };
+
+function element(name, children = [], attributes = {}) {
+  const made = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.append(...children);
+  return made;
+}
+
+const unescape = (text) => text.replace(/&(amp|lt|gt|quot|#39|nbsp);/g, (_, name) => ENTITIES[name]);
+const nodes = (tokens) => tokens.flatMap(node);
+
+function link(token) {
+  if (!SAFE_LINK.test(token.href)) return nodes(token.tokens ?? []);
+  const attributes = { href: token.href, rel: "noopener noreferrer nofollow", target: "_blank" };
+  return [element("a", token.tokens ? nodes(token.tokens) : [token.text || token.href], attributes)];
+}
+
+function list(token) {
+  const items = token.items.map((item) => element("li", nodes(item.tokens)));
+  const start = token.ordered && token.start !== 1 ? { start: token.start } : {};
+  return element(token.ordered ? "ol" : "ul", items, start);
+}
+
+function table(token) {
+  const row = (cells, name) => element("tr", cells.map((cell) => element(name, nodes(cell.tokens))));
+  const body = token.rows.map((cells) => row(cells, "td"));
+  const made = element("table", [element("thead", [row(token.header, "th")]), element("tbody", body)]);
+  return element("div", [made], { class: "wide-content" });
+}
+
+/** What a token becomes; what isn't known here is shown as it was written. */
+function node(token) {
+  switch (token.type) {
+    case "space":
+    case "def":
+      return [];
+    case "heading":
+      return [element(`h${Math.min(6, token.depth + 2)}`, nodes(token.tokens))];
+    case "paragraph":
+      return [element("p", nodes(token.tokens))];
+    case "text":
+      return token.tokens ? nodes(token.tokens) : [unescape(token.text)];
+    case "escape":
+      return [token.text];
+    case "code":
+      return [element("pre", [element("code", [token.text])], { tabindex: "0" })]; // scrolls by keyboard
+    case "blockquote":
+      return [element("blockquote", nodes(token.tokens))];
+    case "list":
+      return [list(token)];
+    case "table":
+      return [table(token)];
+    case "hr":
+      return [element("hr")];
+    case "br":
+      return [element("br")];
+    case "codespan":
+      return [element("code", [token.text])];
+    case "checkbox":
+      return [token.checked ? "☑ " : "☐ "];
+    case "link":
+    case "image":
+      return link(token);
+    case "html":
+      return token.block ? [element("p", [token.raw.trim()], { class: "as-is" })] : [token.raw];
+    default:
+      return INLINE[token.type] ? [element(INLINE[token.type], nodes(token.tokens))] : [token.raw];
+  }
+}
+
+/** Where a long paragraph may be cut: behind its last sentence, or word, outside of any markup. */
+function cutOf(token) {
+  const last = token.tokens.at(-1);
+  if (last.type !== "text") return token.raw.length - last.raw.length;
+  const [, sentences, words] = /^(?:([^]*[.!?]\s)|([^]*\s))?/.exec(last.raw.slice(0, -1));
+  return token.raw.length - last.raw.length + (sentences ?? words ?? "").length;
+}
+
+/** The part of a long block that nothing can change any more, as a token; null if there is none. */
+function finalPart(token) {
+  if (token.type === "list" && token.items.length > 1) {
+    const items = token.items.slice(0, -1);
+    return { ...token, items, raw: items.map(({ raw }) => raw).join("") };
+  }
+  if (token.type !== "paragraph") return null;
+  const raw = token.raw.slice(0, cutOf(token));
+  return raw ? { ...lexer(raw)[0], raw } : null;
+}
+
+/** A text that grows. `append` is cheap; the page changes once a frame at most. */
+export class GrowingText {
+  #pending = "";
+  #source = ""; // of the last block
+  #last = null; // its elements' container
+  #grows = null; // the text node of a block that is only added to ...
+  #until = null; // ... and what ends it
+  #frame = 0;
+
+  /** @param {HTMLElement} root @param {{ plain: boolean, onDraw?: () => void }} options */
+  constructor(root, { plain, onDraw = () => {} }) {
+    this.root = root;
+    this.plain = plain;
+    this.onDraw = onDraw;
+    if (plain) this.#grow("as-is", "", null);
+  }
+
+  append(text) {
+    this.#pending += text;
+    this.#frame ||= requestAnimationFrame(() => this.flush());
+  }
+
+  /** Put an element behind the text so far. */
+  insert(note) {
+    this.end();
+    this.root.append(note);
+    if (this.plain) this.#grow("as-is", "", null);
+  }
+
+  /** There is no more, or something else follows. */
+  end() {
+    this.flush();
+    if (this.#grows && this.#source) this.#grows.appendData(this.#source);
+    else if (this.#source) this.#last?.replaceWith(...this.#last.childNodes);
+    this.#last = this.#grows = null;
+    this.#source = "";
+  }
+
+  flush() {
+    cancelAnimationFrame(this.#frame);
+    this.#frame = 0;
+    const text = this.#pending;
+    this.#pending = "";
+    if (!text) return;
+    if (this.plain) this.#grows.appendData(text);
+    else this.#add(text.replaceAll("\r", ""));
+    this.onDraw();
+  }
+
+  #add(text) {
+    this.#source += text;
+    if (this.#grows && !this.#addGrowing()) return;
+    const tokens = lexer(this.#source);
+    // Blank lines end nothing yet: a list may go on behind them.
+    const isFinal = () => tokens.slice(1).some(({ type }) => type !== "space");
+    while (isFinal() && this.#source.startsWith(tokens[0].raw)) this.#finish(tokens.shift());
+    if (this.#source.length > LONG_CHARS && tokens.length && this.#shorten(tokens[0])) return this.#add("");
+    this.#last ??= this.root.appendChild(element("div"));
+    this.#last.replaceChildren(...nodes(tokens));
+  }
+
+  /** A block that nothing can change any more. */
+  #finish(token) {
+    this.#source = this.#source.slice(token.raw.length);
+    const made = nodes([token]);
+    if (this.#last) this.#last.replaceWith(...made);
+    else this.root.append(...made);
+    this.#last = null;
+  }
+
+  /** Make less of the last block; false if that can't be done. */
+  #shorten(token) {
+    const fence = token.type === "code" && /^ {0,3}(`{3,}|~{3,})[^\n]*\n/.exec(this.#source);
+    if (fence) return this.#grow("code", fence[0], new RegExp(`(^|\n) {0,3}${fence[1]}[\`~]*[ \t]*(\n|$)`));
+    const part = finalPart(token);
+    if (part && this.#source.startsWith(part.raw)) this.#finish(part);
+    else if (this.#source.length > TOO_LONG_CHARS) this.#grow("as-is", "", /\n[ \t]*\n/);
+    else return false;
+    return true;
+  }
+
+  /** From here on text is added to one node, until `until`. */
+  #grow(kind, opening, until) {
+    this.#last?.remove();
+    this.#last = null;
+    this.#source = this.#source.slice(opening.length);
+    this.#grows = document.createTextNode("");
+    this.#until = until;
+    const block = kind === "code" ? element("code", [this.#grows]) : this.#grows;
+    const attributes = kind === "code" ? { tabindex: "0" } : { class: kind };
+    this.root.append(element(kind === "code" ? "pre" : "div", [block], attributes));
+    return true;
+  }
+
+  /** Whether the block that is added to is over; a line that may become its end is held back. */
+  #addGrowing() {
+    const end = this.#until.exec(this.#source);
+    const isOver = end !== null && end.index + end[0].length < this.#source.length;
+    const held = end ? end.index : this.#source.search(/\n?[ \t]*[`~]*$/);
+    this.#grows.appendData(this.#source.slice(0, held));
+    this.#source = this.#source.slice(isOver ? held + end[0].length : held);
+    if (isOver) this.#grows = null;
+    return isOver;
+  }
+}

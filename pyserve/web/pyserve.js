@@ -1,0 +1,580 @@
+// @ts-check
+/**
+ * pyserve's streams in a browser (or Node 20): start one, follow it through every loss of the
+ * connection, stop it.
+ *
+ *     import { submit } from "./pyserve.js";
+ *     const stream = submit({ messages }, { onEvent: (event) => console.log(event.data) });
+ *     const { state, reason } = await stream.done;
+ *
+ * The promise: every event of the log is given to `onEvent` once, in order, whatever happens to
+ * the connection; or the state `gap` says how many bytes were lost. `pyserve.d.ts` documents the
+ * interface. This file has no dependencies and can be copied.
+ *
+ * @typedef {import("./pyserve.d.ts").Client} Client
+ * @typedef {import("./pyserve.d.ts").ClientOptions} ClientOptions
+ * @typedef {import("./pyserve.d.ts").Ending} Ending
+ * @typedef {import("./pyserve.d.ts").FollowOptions} FollowOptions
+ * @typedef {import("./pyserve.d.ts").Status} Status
+ * @typedef {import("./pyserve.d.ts").StreamEvent} StreamEvent
+ * @typedef {(method: string, path: string, init: RequestInit, query: Record<string, string>)
+ *     => Promise<Response>} Send
+ * @typedef {(signal: AbortSignal) => Promise<Response>} Post
+ */
+
+const DEFAULTS = {
+  heartbeatMs: 1000, // the server's own; 3 missed ones are a stall
+  hiddenMs: 10_000, // then a hidden tab gives its connection back
+  minDelayMs: 250,
+  maxDelayMs: 10_000,
+  answerMs: 10_000, // until the head of an answer; the server holds it back for 2 s at most
+};
+const UPLOAD_BYTES_PER_MS = 10; // a slow link's: a large POST may take that much longer
+const SLICE_BYTES = 32 * 1024; // a replay of megabytes is read in slices ...
+const CROWDED_MS = 500; // a request that waits so long may be waiting for hidden tabs' connections
+const CHANNEL = "pyserve.js: give way";
+const BUSY_MS = 8; // ... and the page gets its turn after so long
+
+/** An answer that is an error; `reason` is pyserve's, or `http_<status>` where a proxy answered. */
+export class PyserveError extends Error {
+  /**
+   * @param {number} status
+   * @param {Record<string, any>} error the JSON error
+   * @param {number | null} retryAfter seconds
+   */
+  constructor(status, error = {}, retryAfter = null) {
+    super(error.message ?? `HTTP status ${status}`);
+    this.name = "PyserveError";
+    this.status = status;
+    this.reason = String(error.reason ?? `http_${status}`);
+    this.retryAfter = retryAfter;
+    this.details = error;
+  }
+
+  /** @param {Response} response */
+  static async from(response) {
+    const body = await response.json().catch(() => null);
+    const seconds = Number.parseInt(response.headers.get("Retry-After") ?? "", 10);
+    return new PyserveError(response.status, body?.error, seconds >= 0 ? seconds : null);
+  }
+}
+
+/**
+ * An id nobody else has; `crypto.randomUUID` is missing on plain http:// addresses.
+ * @returns {string}
+ */
+export function newId() {
+  if (crypto.randomUUID) return crypto.randomUUID();
+  return [...crypto.getRandomValues(new Uint8Array(16))]
+    .map((byte) => byte.toString(16).padStart(2, "0"))
+    .join("");
+}
+
+/** Server-sent events out of bytes that are cut anywhere: HTML standard, section 9.2.6. */
+export class EventStreamDecoder {
+  #text = new TextDecoder();
+  #rest = ""; // of a line that has not ended
+  #afterCr = false;
+  /** @type {string[]} */
+  #data = [];
+  #type = "";
+  #id = "";
+  /** The last line, if that was a comment, without its colon. @type {string | null} */
+  lastComment = null;
+
+  /**
+   * @param {Uint8Array} bytes
+   * @returns {{ id: string, type: string, data: string }[]} the events that are whole now
+   */
+  decode(bytes) {
+    const events = [];
+    let text = this.#text.decode(bytes, { stream: true });
+    if (this.#afterCr && text) {
+      if (text[0] === "\n") text = text.slice(1);
+      this.#afterCr = false;
+    }
+    let start = 0;
+    for (const found of text.matchAll(/\r\n|\n|\r/g)) {
+      const event = this.#takeLine(this.#rest + text.slice(start, found.index));
+      if (event) events.push(event);
+      this.#rest = "";
+      start = found.index + found[0].length;
+      this.#afterCr = found[0] === "\r" && start === text.length;
+    }
+    this.#rest += text.slice(start);
+    if (this.#rest) this.lastComment = null;
+    return events;
+  }
+
+  /** @param {string} line */
+  #takeLine(line) {
+    this.lastComment = null;
+    if (line === "") return this.#dispatch();
+    const colon = line.indexOf(":");
+    const name = colon < 0 ? line : line.slice(0, colon);
+    const value = colon < 0 ? "" : line.slice(colon + (line[colon + 1] === " " ? 2 : 1));
+    if (colon === 0) this.lastComment = value;
+    else if (name === "data") this.#data.push(value);
+    else if (name === "event") this.#type = value;
+    else if (name === "id" && !value.includes("\0")) this.#id = value;
+    return null;
+  }
+
+  #dispatch() {
+    const event = { id: this.#id, type: this.#type || "message", data: this.#data.join("\n") };
+    const isEvent = this.#data.length > 0;
+    this.#data = [];
+    this.#type = "";
+    return isEvent ? event : null;
+  }
+}
+
+/**
+ * One stream that is followed, through as many connections as it takes.
+ *
+ * `#follow` is the loop: connect, read, and when that broke wait and connect again; a connection
+ * returns how the stream ended, or throws what broke it.
+ */
+class Stream {
+  /** @type {Status} */
+  status = { state: "connecting", attempt: 0 };
+  /** @type {string | null} */
+  epoch = null;
+  /** Where to go on: the end of the last event. */
+  offset = 0;
+  /** Go on at the oldest byte there is: the caller wants that, or what follows `offset` is lost. */
+  #earliest = /** @type {"" | "wanted" | "lost"} */ ("");
+  #attempt = 0; // connections that failed since the last progress
+  #connected = false; // some connection got an answer
+  #heardAt = 0;
+  #closed = false;
+  #stopping = false;
+  #keep = false;
+  #ended = false;
+  #hiddenLong = false;
+  #connection = new AbortController();
+  #wake = () => {};
+  /** @type {ReturnType<typeof setTimeout> | undefined} */
+  #hiding;
+
+  /**
+   * @param {Client} client
+   * @param {Send} send
+   * @param {string} conversationId
+   * @param {FollowOptions} options
+   * @param {Post | null} post starts the stream; null: it is there already
+   */
+  constructor(client, send, conversationId, options, post = null) {
+    this.client = client;
+    this.send = send;
+    this.conversationId = conversationId;
+    this.options = { ...DEFAULTS, ...options };
+    this.post = post;
+    this.#takeFrom(options.from ?? 0);
+    this.close = this.close.bind(this);
+    this.stop = this.stop.bind(this);
+    /** @type {Promise<Ending>} */
+    this.done = Promise.resolve().then(() => this.#run()); // the caller has us by then
+  }
+
+  get state() {
+    return this.status.state;
+  }
+
+  get lastEventId() {
+    return this.epoch === null ? null : `${this.epoch}-${this.offset}`;
+  }
+
+  /** Stop following; the generation goes on. */
+  close() {
+    this.#closed = true;
+    this.#connection.abort("closed");
+    this.#wake();
+  }
+
+  /**
+   * Stop the generation, for everyone; `done` follows when the server has said the end.
+   * @param {{ keep?: boolean }} [options]
+   */
+  async stop({ keep = false } = {}) {
+    this.#stopping = true;
+    this.#keep = keep;
+    try {
+      await this.client.stop(this.conversationId, { epoch: this.epoch, keep });
+    } catch (error) {
+      if (!this.post) this.#stopping = false;
+      throw error;
+    } finally {
+      this.#wake();
+    }
+  }
+
+  /** @param {number | string} from */
+  #takeFrom(from) {
+    const id = /^([0-9a-z]+)-(\d+)$/.exec(String(from));
+    if (id) this.epoch = id[1];
+    if (from === "earliest") this.#earliest = "wanted";
+    else this.offset = Number(id ? id[2] : from);
+  }
+
+  async #run() {
+    const { signal } = this.options;
+    const target = globalThis.document;
+    const wake = () => this.#lookAround();
+    target?.addEventListener("visibilitychange", wake);
+    globalThis.addEventListener?.("online", wake);
+    globalThis.addEventListener?.("pageshow", wake);
+    const channel = target && globalThis.BroadcastChannel ? new BroadcastChannel(CHANNEL) : null;
+    if (channel) channel.onmessage = () => isHidden() && this.#hide();
+    signal?.addEventListener("abort", this.close);
+    if (signal?.aborted) this.close();
+    this.#lookAround();
+    try {
+      const ending = await this.#follow();
+      this.#tell(ending);
+      return ending;
+    } finally {
+      this.#ended = true;
+      clearTimeout(this.#hiding);
+      channel?.close();
+      target?.removeEventListener("visibilitychange", wake);
+      globalThis.removeEventListener?.("online", wake);
+      globalThis.removeEventListener?.("pageshow", wake);
+      signal?.removeEventListener("abort", this.close);
+    }
+  }
+
+  /** @returns {Promise<Ending>} */
+  async #follow() {
+    for (;;) {
+      if (this.#isDetached()) {
+        this.#tell({ state: "hidden" });
+        while (this.#isDetached() && !this.#closed) await this.#sleep(null);
+      }
+      if (this.#closed) return { state: "closed", reason: null };
+      if (this.#stopping && this.post) return this.#giveUp();
+      this.#tell({ state: "connecting", attempt: this.#attempt });
+      const startedAt = Date.now();
+      try {
+        return await this.#connect();
+      } catch (why) {
+        if (this.#closed) return { state: "closed", reason: null };
+        if (why === "hidden") continue;
+        if (isLost(why) && !this.#earliest) {
+          this.#earliest = "lost";
+          continue;
+        }
+        if (why instanceof PyserveError && !isPassing(why, this.post)) return this.#refused(why);
+        if (this.#stopping && this.post) continue;
+        if (Date.now() - startedAt > 5 * this.options.heartbeatMs) this.#attempt = 0;
+        await this.#backOff(why);
+      }
+    }
+  }
+
+  /** One connection, from its request to its end. @returns {Promise<Ending>} */
+  async #connect() {
+    const connection = new AbortController();
+    this.#connection = connection;
+    if (this.#closed) connection.abort("closed"); // by onState
+    this.#heardAt = Date.now();
+    let limitMs = this.options.answerMs;
+    const watch = setInterval(() => {
+      if (Date.now() - this.#heardAt > limitMs) connection.abort("stall");
+    }, this.options.heartbeatMs / 4);
+    try {
+      const post = this.post;
+      const response = await (post ? post(connection.signal) : this.#get(connection.signal));
+      if (!response.ok) throw await PyserveError.from(response);
+      this.post = null;
+      this.#heardAt = Date.now();
+      limitMs = 3.5 * this.options.heartbeatMs;
+      if (response.status === 204) return await this.#lookUpEnding();
+      if (!/^text\/event-stream\b/i.test(response.headers.get("Content-Type") ?? ""))
+        return { state: "failed", reason: "not_event_stream" };
+      const replaced = this.#start(response.headers);
+      if (replaced) return replaced;
+      if (post && this.#stopping) await this.stop({ keep: this.#keep }); // it came before its start
+      return await this.#read(response);
+    } catch (error) {
+      throw connection.signal.aborted ? connection.signal.reason : error;
+    } finally {
+      clearInterval(watch);
+      connection.abort("over"); // closes the connection, whatever was left of it
+    }
+  }
+
+  /** @param {AbortSignal} signal */
+  #get(signal) {
+    const from = this.#earliest ? "earliest" : (this.lastEventId ?? String(this.offset));
+    return this.send("GET", "v1/stream", { signal }, { conv_id: this.conversationId, from });
+  }
+
+  /** What the head of an answer says. @param {Headers} headers @returns {Ending | null} */
+  #start(headers) {
+    const epoch = headers.get("X-Stream-Epoch");
+    const startsAt = Number(headers.get("X-Stream-Offset") ?? this.offset);
+    if (this.epoch && epoch && epoch !== this.epoch)
+      return { state: "replaced", reason: "stream_replaced", epoch };
+    this.epoch = epoch ?? this.epoch;
+    if (startsAt > this.offset) {
+      if (this.#earliest !== "wanted")
+        this.#tell({ state: "gap", lostFrom: this.offset, firstOffset: startsAt });
+      this.offset = startsAt;
+    }
+    this.#earliest = "";
+    const again = this.#connected || this.offset > 0;
+    this.#connected = true;
+    this.#tell(again ? { state: "reattached", offset: this.offset } : { state: "streaming" });
+    return null;
+  }
+
+  /** @param {Response} response @returns {Promise<Ending>} */
+  async #read(response) {
+    const decoder = new EventStreamDecoder();
+    const reader = /** @type {ReadableStream<Uint8Array>} */ (response.body).getReader();
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) break;
+      let turnAt = Date.now();
+      for (let start = 0; start < value.length; start += SLICE_BYTES) {
+        this.#heardAt = Date.now();
+        for (const event of decoder.decode(value.subarray(start, start + SLICE_BYTES))) {
+          if (this.#closed) throw new Error("closed");
+          this.#deliver(event);
+        }
+        if (Date.now() - turnAt <= BUSY_MS) continue;
+        await pause();
+        turnAt = Date.now();
+      }
+    }
+    // Only the log's last line ends a stream: a body that ends without it was cut by someone.
+    const end = /^end (completed|failed|cancelled)(?: (.*))?$/.exec(decoder.lastComment ?? "");
+    if (!end) throw new Error("The answer ended before its stream");
+    return { state: /** @type {"completed"} */ (end[1]), reason: end[2] ?? null };
+  }
+
+  /** @param {{ id: string, type: string, data: string }} event */
+  #deliver({ id, type, data }) {
+    const [, epoch = null, digits = null] = /^([0-9a-z]+)-(\d+)$/.exec(id) ?? [];
+    if (epoch !== null) {
+      if (epoch === this.epoch && Number(digits) <= this.offset) return; // had it
+      this.epoch = epoch;
+      this.offset = Number(digits);
+    }
+    this.#attempt = 0;
+    if (this.state !== "streaming") this.#tell({ state: "streaming" });
+    call(this.options.onEvent, { id, type, data, epoch, offset: this.offset });
+  }
+
+  /** A 204: over, and without an event. @returns {Promise<Ending>} */
+  async #lookUpEnding() {
+    const found = await this.client.lookup([this.conversationId]);
+    const mine = found.find((stream) => stream.conversation_id === this.conversationId);
+    if (!mine) return { state: "gone", reason: "stream_not_found" };
+    if (!mine.is_done) throw new Error("Replaced meanwhile");
+    return { state: /** @type {"completed"} */ (mine.state), reason: mine.reason };
+  }
+
+  /** An answer that trying again would not change. @param {PyserveError} error @returns {Ending} */
+  #refused(error) {
+    const { reason, status, details } = error;
+    if (this.#stopping && (status === 404 || reason === "cancelled"))
+      return { state: "cancelled", reason: null };
+    if (reason === "cancelled" && this.post) return { state: "cancelled", reason, error };
+    if (status === 404 && !this.post) return { state: "gone", reason, error };
+    if (reason === "stream_replaced" || reason === "replaced")
+      return { state: "replaced", reason, epoch: details.epoch ?? null, error };
+    return { state: "failed", reason, error };
+  }
+
+  /** Stopped while its POST had no answer: it may still have been read. @returns {Promise<Ending>} */
+  async #giveUp() {
+    await this.client.stop(this.conversationId, { keep: this.#keep }).catch(() => {});
+    return { state: "cancelled", reason: null };
+  }
+
+  /** @param {unknown} why */
+  async #backOff(why) {
+    const { minDelayMs, maxDelayMs } = this.options;
+    const ceiling = Math.min(maxDelayMs, minDelayMs * 2 ** this.#attempt++);
+    const asked = why instanceof PyserveError ? (why.retryAfter ?? 0) * 1000 : 0;
+    const delayMs = Math.max(ceiling * (0.5 + Math.random() / 2), Math.min(asked, 60_000));
+    this.#tell({ state: "retrying", delayMs, attempt: this.#attempt, why: wordFor(why) });
+    await this.#sleep(delayMs);
+  }
+
+  /** Until `#wake`, at most `ms`. @param {number | null} ms */
+  async #sleep(ms) {
+    if (this.#closed) return;
+    /** @type {ReturnType<typeof setTimeout> | undefined} */
+    let timer;
+    await new Promise((resolve) => {
+      this.#wake = () => resolve(null);
+      if (ms !== null) timer = setTimeout(resolve, ms);
+    });
+    clearTimeout(timer);
+    this.#wake = () => {};
+  }
+
+  /** The page was shown or hidden, came back from sleep, or has a network again. */
+  #lookAround() {
+    clearTimeout(this.#hiding);
+    if (isHidden()) {
+      const { hiddenMs } = this.options; // setTimeout takes Infinity for 0
+      if (Number.isFinite(hiddenMs)) this.#hiding = setTimeout(() => this.#hide(), hiddenMs);
+      return;
+    }
+    this.#hiddenLong = false;
+    this.#wake();
+  }
+
+  #hide() {
+    this.#hiddenLong = true;
+    if (!this.post) this.#connection.abort("hidden"); // an unanswered POST is waited for
+  }
+
+  #isDetached() {
+    return this.#hiddenLong && !this.post;
+  }
+
+  /** @param {Status} status */
+  #tell(status) {
+    this.status = status;
+    if (!this.#ended) call(this.options.onState, status);
+  }
+}
+
+/**
+ * Whether the same request may be answered otherwise in a while. A POST is only repeated when it
+ * was not answered at all: what its error means is the caller's business.
+ * @param {PyserveError} error
+ * @param {Post | null} post
+ */
+function isPassing(error, post) {
+  if (post) return false;
+  return error.status >= 500 || [408, 425, 429].includes(error.status) || isLost(error);
+}
+
+function isHidden() {
+  return globalThis.document?.visibilityState === "hidden";
+}
+
+/** Ask hidden tabs of this origin for their connections: a browser has six for a host, for all. */
+function askForWay() {
+  if (isHidden() || !globalThis.document || !globalThis.BroadcastChannel) return;
+  const channel = new BroadcastChannel(CHANNEL);
+  channel.postMessage("");
+  channel.close();
+}
+
+/** @param {unknown} why */
+function isLost(why) {
+  return why instanceof PyserveError && why.reason === "offset_lost";
+}
+
+/** @param {unknown} why */
+function wordFor(why) {
+  if (why === "stall") return "stall";
+  return why instanceof PyserveError ? why.reason : "connection_lost";
+}
+
+/**
+ * A caller's function must not break the stream: what it throws is reported as uncaught.
+ * @template T
+ * @param {((value: T) => void) | undefined} listener
+ * @param {T} value
+ */
+function call(listener, value) {
+  try {
+    listener?.(value);
+  } catch (error) {
+    if ("reportError" in globalThis) return reportError(error);
+    queueMicrotask(() => {
+      throw error;
+    });
+  }
+}
+
+/** Give the page its turn. @returns {Promise<unknown>} */
+function pause() {
+  const scheduler = /** @type {any} */ (globalThis).scheduler;
+  return scheduler?.yield?.() ?? new Promise((resolve) => setTimeout(resolve, 0));
+}
+
+/**
+ * @param {ClientOptions} [options]
+ * @returns {Client}
+ */
+export function createClient({ base = "./", authorize, fetch, ...defaults } = {}) {
+  const root = new URL(base, globalThis.location?.href);
+  if (!root.pathname.endsWith("/")) root.pathname += "/";
+  const usedFetch = fetch ?? ((...request) => globalThis.fetch(...request));
+
+  /** @type {Send} */
+  const send = async (method, path, init, query) => {
+    const url = new URL(path, root);
+    for (const [name, value] of Object.entries(query)) url.searchParams.set(name, value);
+    const request = { method, url, headers: new Headers(init.headers), query };
+    await authorize?.(request);
+    const { headers } = request;
+    const waiting = setTimeout(askForWay, CROWDED_MS);
+    try {
+      return await usedFetch(request.url, { cache: "no-store", ...init, method, headers });
+    } finally {
+      clearTimeout(waiting);
+    }
+  };
+
+  /** @type {Client} */
+  const client = {
+    attach: (conversationId, options = {}) =>
+      new Stream(client, send, conversationId, { ...defaults, ...options }),
+
+    submit(request, options = {}) {
+      const { conversationId = newId(), path = "v1/chat/completions", conflict } = options;
+      const headers = new Headers({ "Content-Type": "application/json" });
+      headers.set("Idempotency-Key", options.idempotencyKey ?? newId());
+      if (conflict) headers.set("X-Stream-Conflict", conflict);
+      const body = JSON.stringify({ ...request, stream: true });
+      const answerMs = DEFAULTS.answerMs + body.length / UPLOAD_BYTES_PER_MS;
+      /** @type {Post} */
+      const post = (signal) =>
+        send("POST", path.replace(/^\/+/, ""), { headers, body, signal }, { conv_id: conversationId });
+      const all = { answerMs, ...defaults, ...options, from: 0 };
+      return new Stream(client, send, conversationId, all, post);
+    },
+
+    async stop(conversationId, { epoch, keep = false } = {}) {
+      /** @type {Record<string, string>} */
+      const query = { conv_id: conversationId, ...(keep && { keep: "true" }) };
+      const headers = new Headers(epoch ? { "If-Match": `"${epoch}"` } : {});
+      const response = await send("DELETE", "v1/stream", { headers, keepalive: true }, query);
+      if (response.status === 412) return false;
+      if (!response.ok) throw await PyserveError.from(response);
+      return true;
+    },
+
+    async lookup(conversationIds, { signal } = {}) {
+      const body = JSON.stringify({ conversation_ids: conversationIds });
+      const headers = { "Content-Type": "application/json" };
+      const init = { headers, body, ...(signal && { signal }) };
+      const response = await send("POST", "v1/streams/lookup", init, {});
+      if (!response.ok) throw await PyserveError.from(response);
+      return response.json();
+    },
+
+    streamUrl(conversationId, from) {
+      const url = new URL("v1/stream", root);
+      url.searchParams.set("conv_id", conversationId);
+      if (from !== undefined) url.searchParams.set("from", String(from));
+      return url;
+    },
+  };
+  return client;
+}
+
+// Where this file was served from there is a pyserve, whatever prefix a proxy has put before it.
+export const { attach, submit, stop, lookup, streamUrl } = createClient({
+  base: new URL(".", import.meta.url),
+});

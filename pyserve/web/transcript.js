@@ -1,0 +1,152 @@
+// The messages of one conversation as elements.
+
+import { GrowingText } from "./markdown.js";
+import { isLive } from "./store.js";
+import { describeEnding } from "./words.js";
+
+function element(name, attributes = {}, ...children) {
+  const made = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.append(...children);
+  return made;
+}
+
+/** Of `org/model.gguf`, the last part. */
+export const nameOf = (model) => model?.split("/").at(-1) || "Answer";
+const isBlank = (text) => !text.trim();
+
+/** An answer, or what the user wrote. */
+class MessageView {
+  constructor(message, plain, onDraw) {
+    this.message = message;
+    this.isAnswer = message.role === "assistant";
+    this.heading = element("h2", { class: "who" }, this.isAnswer ? nameOf(message.model) : "You");
+    this.body = element("div", { class: "text", "data-testid": this.isAnswer ? "answer" : "question" });
+    this.root = element("article", { "data-role": message.role, "data-message-id": message.id });
+    this.root.append(this.heading);
+    this.text = new GrowingText(this.body, { plain: plain || !this.isAnswer, onDraw });
+    if (this.isAnswer) this.#addReasoning(onDraw);
+    this.root.append(this.body);
+    this.#fill();
+    if (this.isAnswer) this.#addCopy();
+    this.update();
+  }
+
+  #addReasoning(onDraw) {
+    const body = element("div", { class: "text" });
+    this.reasoning = new GrowingText(body, { plain: true, onDraw });
+    this.details = element("details", { class: "reasoning", hidden: "" }, element("summary", {}, "Thoughts"), body);
+    this.root.append(this.details);
+  }
+
+  #addCopy() {
+    const copy = element("button", { class: "link copy", type: "button" }, "Copy");
+    copy.addEventListener("click", async () => {
+      await navigator.clipboard.writeText(this.message.text);
+      copy.textContent = "Copied";
+      setTimeout(() => (copy.textContent = "Copy"), 1500);
+    });
+    this.copy = copy;
+    this.ending = element("span", { class: "ending" });
+    this.tools = element("div", { class: "tools" }, copy, this.ending);
+    this.root.append(this.tools);
+  }
+
+  #fill() {
+    const { text, reasoning, gaps = [] } = this.message;
+    let start = 0;
+    for (const gap of gaps) {
+      this.text.append(text.slice(start, gap.at));
+      this.gap(gap);
+      start = gap.at;
+    }
+    this.text.append(text.slice(start));
+    if (reasoning) this.add("", reasoning);
+    if (this.isAnswer && !isLive(this.message)) this.text.end();
+    this.flush();
+  }
+
+  add(text, reasoning) {
+    if (text) this.text.append(text);
+    if (reasoning) {
+      this.details.hidden = false;
+      this.reasoning.append(reasoning);
+    }
+  }
+
+  gap({ bytes }) {
+    const words = `Here ${bytes.toLocaleString("en")} bytes of the stream are missing: the server had dropped them.`;
+    this.text.insert(element("p", { class: "gap", role: "note", "data-gap": bytes }, words));
+  }
+
+  flush() {
+    this.text.flush();
+    this.reasoning?.flush();
+  }
+
+  /** The answer is over. */
+  end() {
+    this.text.end();
+    this.reasoning.flush();
+    this.update();
+  }
+
+  /** What may have changed about it besides its text. */
+  update() {
+    if (!this.isAnswer) return;
+    const { state, text, offset, epoch } = this.message;
+    Object.assign(this.root.dataset, { state, offset: offset ?? 0, epoch: epoch ?? "" });
+    this.root.setAttribute("aria-busy", String(isLive(this.message)));
+    this.root.classList.toggle("waiting", isLive(this.message) && isBlank(text));
+    // There is no clipboard on plain http:// addresses.
+    this.copy.hidden = isLive(this.message) || isBlank(text) || !navigator.clipboard;
+    this.ending.textContent = state === "completed" ? "" : describeEnding(this.message);
+  }
+}
+
+export class Transcript {
+  #views = new Map();
+  #atBottom = true;
+
+  /** @param {HTMLElement} root @param {HTMLElement} scroller */
+  constructor(root, scroller) {
+    this.root = root;
+    this.scroller = scroller;
+    scroller.addEventListener("scroll", () => this.#lookAtScroll(), { passive: true });
+    // The composer grows, a keyboard opens, a thought is unfolded: stay at the end.
+    new ResizeObserver(() => this.#stick()).observe(scroller);
+  }
+
+  #lookAtScroll() {
+    const { scrollTop, scrollHeight, clientHeight } = this.scroller;
+    this.#atBottom = scrollHeight - scrollTop - clientHeight < 48;
+  }
+
+  /** Stay at the end while that is where the reader is. */
+  #stick() {
+    if (this.#atBottom) this.scroller.scrollTop = 1e9;
+  }
+
+  toEnd() {
+    this.#atBottom = true;
+    this.#stick();
+  }
+
+  show(conversation, plain) {
+    this.plain = plain;
+    this.#views.clear();
+    this.root.replaceChildren();
+    for (const message of conversation.messages) this.add(message);
+    this.toEnd();
+  }
+
+  add(message) {
+    const view = new MessageView(message, this.plain, () => this.#stick());
+    this.#views.set(message.id, view);
+    this.root.append(view.root);
+  }
+
+  view(message) {
+    return this.#views.get(message.id);
+  }
+}

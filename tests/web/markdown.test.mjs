@@ -1,0 +1,106 @@
+// Text that grows looks, at its end, as if it had come at once; and nothing in it is HTML.
+
+import assert from "node:assert/strict";
+import { test } from "node:test";
+
+import { root } from "./dom.mjs";
+
+const { GrowingText } = await import("../../pyserve/web/markdown.js");
+
+function grow(text, step = text.length, options = { plain: false }) {
+  const target = root();
+  const growing = new GrowingText(target, options);
+  for (let start = 0; start < text.length; start += step) {
+    growing.append(text.slice(start, start + step));
+    growing.flush();
+  }
+  growing.end();
+  return target;
+}
+
+// The box around the last block and the blank lines between blocks are not part of the text.
+const shape = (target) => target.html.replace(/<\/?div>/g, "").replace(/\s+/g, " ");
+
+const DOCUMENT = `# Heading
+
+Some *text* with **bold**, \`code\` and a [link](https://example.org).
+
+- one
+- two
+  - nested
+
+1. a
+2. b
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+\`\`\`python
+print('<b>hi</b>')
+\`\`\`
+
+> quote &amp; &lt;
+
+- [ ] open
+- [x] done
+
+an **unfinished end`;
+
+test("cut anywhere, a document becomes the same elements", () => {
+  const whole = shape(grow(DOCUMENT));
+  for (const step of [1, 2, 3, 5, 7, 11, 64]) assert.equal(shape(grow(DOCUMENT, step)), whole);
+  for (const name of ["h3", "em", "strong", "code", "a", "ul", "ol", "table", "pre", "blockquote"])
+    assert.ok(whole.includes(`<${name}`), name);
+});
+
+test("HTML is shown as text, and links lead to http, https and mailto only", () => {
+  const text = 'a <script>alert(1)</script>\n\n<img src=x onerror=alert(1)>\n\n[x](javascript:alert(1)) ![y](data:text/html,z)';
+  const { html } = grow(text);
+  assert.ok(!/<(script|img|a)\b/.test(html), html);
+  assert.ok(html.includes("&lt;script>alert(1)&lt;/script>"));
+  assert.match(grow("[x](https://a.b)").html, /<a href="https:\/\/a.b" rel="noopener noreferrer nofollow"/);
+});
+
+test("a long code block grows in one element and ends at its fence", () => {
+  const lines = Array.from({ length: 800 }, (_, i) => `let x${i} = \`\`"${i}";`);
+  const text = `\`\`\`js\n${lines.join("\n")}\n\`\`\`\n\nafter *it*`;
+  for (const step of [1, 2, 5, 333]) {
+    const target = grow(text, step);
+    assert.equal(target.childNodes[0].textContent, lines.join("\n"));
+    assert.ok(target.html.endsWith("<p>after <em>it</em></p></main>"));
+  }
+});
+
+test("a long list and a long paragraph are cut without losing a word or their markup", () => {
+  const list = Array.from({ length: 700 }, (_, i) => `${i + 1}. item **${i}**`).join("\n");
+  const { html } = grow(list, 6);
+  assert.equal(html.match(/<li>/g).length, 700);
+  assert.ok(!html.includes("**"));
+  const words = Array.from({ length: 3000 }, (_, i) => (i % 50 ? `word${i}` : `**bold${i}**.`));
+  const paragraph = grow(words.join(" "), 6).textContent;
+  assert.deepEqual(paragraph.match(/(word|bold)\d+/g), words.map((word) => /\w+/.exec(word)[0]));
+  assert.ok(!paragraph.includes("**"));
+});
+
+test("what can't be cut is shown as it is, and the next block is Markdown again", () => {
+  const target = grow(`${"x".repeat(30_000)}\n\nafter *it*`, 7);
+  assert.ok(target.textContent.startsWith("x".repeat(30_000)));
+  assert.ok(target.html.endsWith("<p>after <em>it</em></p></main>"));
+});
+
+test("plain text is exactly the text", () => {
+  const text = `${DOCUMENT}\r\n\u0000\ufeff 日本\n\n`;
+  assert.equal(grow(text, 3, { plain: true }).textContent, text);
+});
+
+test("a note stands where the text was when it came", () => {
+  const target = root();
+  const growing = new GrowingText(target, { plain: false });
+  growing.append("one **two");
+  const note = document.createElement("note");
+  growing.insert(note);
+  growing.append("three");
+  growing.end();
+  assert.deepEqual(target.childNodes.map(({ name }) => name), ["p", "note", "p"]);
+});
