@@ -33,6 +33,7 @@ _LONGEST_RESTART_DELAY_S = 30.0
 # A child that served this long has recovered: the next death starts the delays anew.
 _STEADY_AFTER_S = 60.0
 _HEALTH_POLL_S = 0.05
+_HEALTH_TIMEOUT_S = 2.0
 _LOG_LINES_TOLD = 5
 
 # llama.cpp names no percentage while it loads; these lines come in this order (tried with b11549).
@@ -196,9 +197,10 @@ class _Supervisor:
         return self._child
 
     async def _wait_healthy(self) -> None:
-        async with aiohttp.ClientSession() as http:
+        timeout = aiohttp.ClientTimeout(total=_HEALTH_TIMEOUT_S)
+        async with aiohttp.ClientSession(timeout=timeout) as http:
             while True:
-                with suppress(aiohttp.ClientError):
+                with suppress(aiohttp.ClientError, TimeoutError):
                     async with http.get(f"{self.model.url}/health") as response:
                         if response.status == 200:
                             return

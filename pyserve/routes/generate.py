@@ -10,7 +10,7 @@ from aiohttp import web
 
 from pyserve.delivery import stream_response
 from pyserve.errors import ApiError
-from pyserve.positions import EARLIEST
+from pyserve.positions import EARLIEST, START
 from pyserve.producers.upstream import GENERATION_ROUTES, Route
 from pyserve.requests import conversation_id_of_post, parse_json_object, read_body
 from pyserve.routes.context import Context, context_of
@@ -62,8 +62,8 @@ async def _generate(route: Route, request: web.Request) -> web.StreamResponse:
         grace_until=arrived + context.config.status_grace_s,
     )
     await generation.wait_settled()
-    # X-Stream-Offset tells if the first bytes were dropped before they could be sent.
-    return await stream_response(request, generation.session, EARLIEST)
+    # From its first byte: who asked for an answer is told if even that was dropped meanwhile.
+    return await stream_response(request, generation.session, START)
 
 
 def _refuse_if_draining(context: Context) -> None:
