@@ -23,7 +23,7 @@ from pyserve.producers.upstream import Upstream
 from pyserve.routes.context import CONTEXT, Authenticate, Context, single_owner
 from pyserve.routes.generate import add_generation_routes
 from pyserve.routes.health import add_health_routes
-from pyserve.routes.page import add_page_routes
+from pyserve.routes.page import add_client_routes, add_page_routes
 from pyserve.routes.proxy import add_proxy_routes
 from pyserve.routes.streams import add_stream_routes
 from pyserve.routes.upstream_page import add_upstream_page_routes
@@ -59,13 +59,11 @@ def create_app(
     app[CONTEXT] = context
     add_stream_routes(app)
     add_health_routes(app)
-    if config.ui == "upstream":
-        add_upstream_page_routes(app)
-    else:
-        add_page_routes(app)
+    add_client_routes(app)
     if config.upstream or config.model or config.demo:
         add_generation_routes(app)
         add_proxy_routes(app)
+        (add_page_routes if config.ui == "pyserve" else add_upstream_page_routes)(app)
 
     async def run_parts(_app: web.Application) -> AsyncIterator[None]:
         async with _running_parts(context, on_load_progress):

@@ -1,7 +1,7 @@
 """Server-sent events out of bytes as they come: the reading side of WHATWG HTML, section 9.2.6.
 
-Why not a library: a stream's end is told by a comment (``: end completed``), and those at hand, such
-as httpx-sse, throw comments away. No I/O here.
+Why not a library: a stream's end is told by a comment (``: end completed``), and those at hand,
+such as httpx-sse, throw comments away. No I/O here.
 """
 
 from __future__ import annotations

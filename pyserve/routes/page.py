@@ -12,6 +12,8 @@ from aiohttp import ETag, hdrs, web
 
 WEB = Path(__file__).parent.parent / "web"
 
+_CLIENT_FILES = ("pyserve.js", "pyserve.d.ts")
+
 _CONTENT_TYPES = {
     ".html": "text/html",
     ".css": "text/css",
@@ -50,14 +52,24 @@ class _File:
     etag: str
 
 
+def add_client_routes(app: web.Application) -> None:
+    """``/pyserve.js`` and its types, for pages of one's own."""
+    for name in _CLIENT_FILES:
+        app.router.add_get(f"/{name}", _handler(WEB / name))
+
+
 def add_page_routes(app: web.Application) -> None:
-    """``GET /`` and the files it needs, all relative to it, so that any prefix will do."""
+    """``GET /`` and the files it needs beside the client, all relative to it, so that any prefix
+    will do."""
     for path in sorted(WEB.rglob("*")):
-        if path.suffix not in _CONTENT_TYPES:
-            continue
         name = path.relative_to(WEB).as_posix()
-        app.router.add_get("/" if name == "index.html" else f"/{name}", _handler(path))
-    # Under a prefix of an embedding application: relative addresses need the slash.
+        if path.suffix in _CONTENT_TYPES and name not in _CLIENT_FILES:
+            app.router.add_get("/" if name == "index.html" else f"/{name}", _handler(path))
+    add_slash_route(app)
+
+
+def add_slash_route(app: web.Application) -> None:
+    """Under a prefix of an embedding application a page's relative addresses need its slash."""
     app.router.add_get("", _add_slash)
 
 

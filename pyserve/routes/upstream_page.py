@@ -10,6 +10,7 @@ from aiohttp import hdrs, web
 
 from pyserve.errors import ApiError
 from pyserve.routes.context import context_of
+from pyserve.routes.page import add_slash_route
 
 # By folder and by ending, since names change with each build. No route of an API looks like this:
 # the two JSON files that the page asks for are named in full.
@@ -44,8 +45,7 @@ def add_upstream_page_routes(app: web.Application) -> None:
     """``GET`` and ``HEAD`` of ``/`` and of the page's files."""
     app.router.add_get("/", _page)
     app.router.add_get(f"/{{file:{_FILES}}}", _file)
-    # Under a prefix of an embedding application: the page's addresses are relative.
-    app.router.add_get("", _add_slash)
+    add_slash_route(app)
 
 
 async def _page(request: web.Request) -> web.Response:
@@ -75,8 +75,3 @@ async def _fetch(request: web.Request, path: str) -> web.Response:
     if request.method == hdrs.METH_HEAD and hdrs.CONTENT_LENGTH in answer.headers:
         headers[hdrs.CONTENT_LENGTH] = answer.headers[hdrs.CONTENT_LENGTH]
     return web.Response(status=answer.status, headers=headers, body=body or None)
-
-
-async def _add_slash(request: web.Request) -> web.Response:
-    name = request.rel_url.raw_path.rpartition("/")[2]
-    return web.Response(status=308, headers={hdrs.LOCATION: f"{name}/"})

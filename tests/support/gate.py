@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from typing import Any
 
 import aiohttp
 from aiohttp import hdrs, web
@@ -23,8 +24,10 @@ class Gate:
         self.url = ""
         #: How many generations were asked for, refused ones included.
         self.generations = 0
-        #: Statuses for the next generations, instead of asking the upstream.
+        #: Answers for the next generations, instead of asking the upstream.
         self.refusals: deque[web.Response] = deque()
+        #: By path: what to make of the upstream's JSON.
+        self.rewrites: dict[str, Callable[[Any], Any]] = {}
         self._upstream_url = upstream_url
         self._allowed: float = float("inf")
         self._opened = asyncio.Condition()
@@ -53,6 +56,8 @@ class Gate:
             data=await request.read(),
             allow_redirects=False,
         ) as answer:
+            if request.path in self.rewrites:
+                return web.json_response(self.rewrites[request.path](await answer.json()))
             response = web.StreamResponse(status=answer.status, headers=_end_to_end(answer.headers))
             await response.prepare(request)
             if answer.content_type == "text/event-stream":

@@ -31,7 +31,7 @@ TYPES = {
 async def page() -> AsyncIterator[aiohttp.ClientSession]:
     """Under a prefix of somebody else's application."""
     app = web.Application()
-    setup(app, Config(), prefix="/some/llm")
+    setup(app, Config(demo=True), prefix="/some/llm")
     runner = web.AppRunner(app)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)

@@ -34,7 +34,8 @@ async def module_gate(llama: Server) -> AsyncIterator[Gate]:
 @fixture(scope="module")
 async def server(module_gate: Gate) -> AsyncIterator[Server]:
     """pyserve in front of the gate."""
-    with pyserve("--upstream", module_gate.url, "--drain-timeout", "0") as served:
+    options = ("--ui", "upstream", "--drain-timeout", "0")
+    with pyserve("--upstream", module_gate.url, *options) as served:
         yield served
 
 
@@ -44,6 +45,7 @@ async def gated(module_gate: Gate) -> AsyncIterator[Gate]:
     module_gate.generations = 0
     yield module_gate
     module_gate.refusals.clear()
+    module_gate.rewrites.clear()
     await module_gate.open()
 
 
