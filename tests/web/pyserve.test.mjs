@@ -9,7 +9,18 @@ import { pyserve, recorder, upstream } from "./support.mjs";
 async function served(t, ...options) {
   const model = await upstream(t);
   const server = await pyserve(t, model.url, ...options);
-  return { model, server, client: createClient({ base: server.url, minDelayMs: 10, maxDelayMs: 100 }) };
+  return { model, server, client: closing(t, createClient({ base: server.url, minDelayMs: 10, maxDelayMs: 100 })) };
+}
+
+/** `client`, whose streams are left when the test is over: they would try to get back for ever. */
+function closing(t, client) {
+  const over = new AbortController();
+  t.after(() => over.abort());
+  return {
+    ...client,
+    submit: (request, options) => client.submit(request, { signal: over.signal, ...options }),
+    attach: (id, options) => client.attach(id, { signal: over.signal, ...options }),
+  };
 }
 
 const text = (seen) => seen.data().filter((data) => data !== "[DONE]").join("");

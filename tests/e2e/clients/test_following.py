@@ -9,13 +9,13 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from cutting_proxy import Cut, CuttingProxy
+from cutting_proxy import Cut, CuttingProxy, cutting_proxy
 from gate import Gate
 from serving import Event
 
@@ -29,9 +29,11 @@ FOLLOW = Path(__file__).parent / "follow"
 # The scripts' own patience is shorter: who stays silent for so long hangs.
 PATIENCE_S = 20.0
 
-has_node = shutil.which("node") and (FOLLOW.parent / "node_modules").exists()
+HAS_NODE = "CI" in os.environ or bool(
+    shutil.which("node") and (FOLLOW.parent / "node_modules").exists()
+)
 needs_node = pytest.mark.skipif(
-    not has_node and "CI" not in os.environ, reason="needs Node and its packages: make test-python"
+    not HAS_NODE, reason="needs Node and its packages: make test-python"
 )
 
 Command = list[str | Path]
@@ -49,6 +51,8 @@ READERS: list[Command] = [
     ["node", FOLLOW / "fetch-event-source.mjs"],
     [sys.executable, FOLLOW / "follow_httpx_sse.py"],
 ]
+CLIENTS = [each for each in EVENT_SOURCES + READERS if HAS_NODE or each[0] != "node"]
+
 every_client = pytest.mark.parametrize(
     "client",
     [
@@ -130,35 +134,56 @@ async def test_it_follows_a_live_stream_and_goes_on_after_a_cut_in_the_middle(
     assert len(wire.requests) == (3 if asks_again_after_a_clean_end else 2)
 
 
-@every_client
+async def for_each_client(check: Callable[[Command], Awaitable[None]]) -> None:
+    """All at once: they wait a second before they ask again."""
+
+    async def named(client: Command) -> None:
+        try:
+            await check(client)
+        except Exception as error:
+            error.add_note(f"the client is {client}")
+            raise
+
+    async with asyncio.TaskGroup() as group:
+        for client in CLIENTS:
+            group.create_task(named(client))
+
+
 async def test_one_that_lost_only_the_end_is_told_that_there_is_nothing_more(
-    client: Command, wire: CuttingProxy, generation: Generation
+    wire: CuttingProxy, generation: Generation
 ) -> None:
     await generation.start()
     events = await generation.events()
-    wire.cuts.append(cut_after(events[-1]))
-    async with follow(client, wire.url + generation.path()) as follower:
-        told, status = await follower.rest()
-    assert told == as_told(events)
-    assert status == 204
-    assert len(wire.requests) == 2
+
+    async def check(client: Command) -> None:
+        async with cutting_proxy(wire.target) as own_wire:
+            own_wire.cuts.append(cut_after(events[-1]))
+            async with follow(client, own_wire.url + generation.path()) as follower:
+                assert await follower.rest() == (as_told(events), 204)
+            assert len(own_wire.requests) == 2
+
+    await for_each_client(check)
 
 
-@every_client
 async def test_one_whose_stream_was_stopped_meanwhile_ends_at_404(
-    client: Command, gated: Gate, wire: CuttingProxy, generation: Generation
+    gated: Gate, wire: CuttingProxy, generation: Generation
 ) -> None:
     gated.hold(after_events=10)
     await generation.start()
-    async with follow(client, wire.url + generation.path()) as follower:
-        told = await follower.events(10)
-        await wire.refuse()
-        async with generation.http.delete(generation.server_url + generation.path()) as answer:
-            assert answer.status == 204
-        await wire.listen()
-        rest, status = await follower.rest()
-    assert len(set(told)) == 10
-    assert (rest, status) == ([], 404)
+    left_to_follow = set(map(tuple, CLIENTS))
+
+    async def check(client: Command) -> None:
+        async with follow(client, wire.url + generation.path()) as follower:
+            assert len(set(await follower.events(10))) == 10
+            left_to_follow.remove(tuple(client))
+            if not left_to_follow:
+                await wire.refuse()
+                async with generation.http.delete(generation.server_url + generation.path()):
+                    pass
+                await wire.listen()
+            assert await follower.rest() == ([], 404)
+
+    await for_each_client(check)
 
 
 @needs_node

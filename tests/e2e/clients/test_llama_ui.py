@@ -189,7 +189,7 @@ async def test_a_lost_connection_is_resumed_at_the_byte(
     chat = await open_chat(wire.url)
     await chat.ask()
     await expect(chat.answer).not_to_be_empty()
-    async with chat.page.expect_request("**/v1/stream?**"):
+    async with chat.page.expect_response("**/v1/stream?**"):
         await wire.break_all()
     (position,) = wire.positions
     await gated.open()

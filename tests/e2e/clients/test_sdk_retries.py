@@ -126,12 +126,11 @@ async def test_an_answer_lost_before_it_began_is_not_generated_twice_with_a_key(
     assert len(wire.requests) == 2
 
 
-@every_sdk
 async def test_without_a_key_it_is_replaced_by_a_new_one(
-    ask: Ask, gated: Gate, wire: CuttingProxy, generation: Generation
+    gated: Gate, wire: CuttingProxy, generation: Generation
 ) -> None:
     wire.cuts.append(Cut(after=b"HTTP/1.1 200"))
-    answer = await ask(f"{wire.url}/v1", headers_of(generation, None))
+    answer = await ask_async_python(f"{wire.url}/v1", headers_of(generation, None))
     assert answer == (await generation.text(), None)
     assert gated.generations == 2
 
