@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import shlex
 import subprocess
@@ -10,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fake_upstream import DONE, FakeUpstream, stream
 from process import Server
 from process import pyserve as serve
+from serving import serving
 
 import pyserve
 from pyserve.config import settings_table
@@ -46,8 +49,25 @@ def test_every_route_is_documented() -> None:
 
 
 def test_the_embedding_shown_is_the_example() -> None:
-    (shown,) = blocks("python")
+    (shown,) = [block for block in blocks("python") if "pyserve.setup" in block]
     assert shown in EXAMPLE.read_text()
+
+
+async def test_the_python_client_runs_as_shown() -> None:
+    (shown,) = [block for block in blocks("python") if "pyserve.client" in block]
+    chunks = [
+        b'data: {"choices":[{"delta":{"content":"%s"}}]}\n\n' % word for word in (b"All ", b"of it")
+    ]
+    async with FakeUpstream() as upstream, serving(upstream=upstream.url) as server:
+        upstream.play(stream(*chunks, DONE))
+        program = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-c",
+            shown.replace("http://127.0.0.1:8000", server.url),
+            stdout=subprocess.PIPE,
+        )
+        output, _ = await program.communicate()
+    assert output == b"All of itcompleted None\n"
 
 
 @pytest.fixture

@@ -201,6 +201,12 @@ class Server:
         self.connections: list[Connection] = []
 
     @property
+    def url(self) -> str:
+        """Where it listens."""
+        host, port = self.runner.addresses[0][:2]
+        return f"http://{host}:{port}"
+
+    @property
     def manager(self) -> pyserve.StreamSessionManager:
         """Its sessions."""
         return self.app[CONTEXT].manager

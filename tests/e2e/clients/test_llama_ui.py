@@ -63,7 +63,7 @@ async def browser() -> AsyncIterator[Browser]:
 @pytest_asyncio.fixture(loop_scope="module")
 async def profile(browser: Browser) -> AsyncIterator[BrowserContext]:
     """A browser that knows nothing yet; its pages share what they keep."""
-    context = await browser.new_context()
+    context = await browser.new_context(service_workers="block")
     context.set_default_timeout(PATIENCE_S * 1000)
     expect.set_options(timeout=PATIENCE_S * 1000)
     yield context
