@@ -478,7 +478,7 @@ class TightMachine(SessionMachine):
             self.take_out(tracked)
 
 
-for _machine, _examples in ((SessionMachine, 100), (TightMachine, 40)):
+for _machine, _examples in ((SessionMachine, 40), (TightMachine, 20)):
     _machine.TestCase.settings = settings(
         max_examples=_examples * (100 if SOAK else 1),
         stateful_step_count=50,
