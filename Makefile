@@ -46,6 +46,7 @@ test-core: core-address core-thread ## native tests under ASan + UBSan, then und
 .PHONY: test-python
 test-python: .venv/.installed .venv/.dev $(NODE) ## Python tests, end to end included; ARGS="-k name" picks
 	.ci/need nginx -- true
+	.ci/need chromium -- true
 	pytest $(ARGS)
 
 .PHONY: test-asan

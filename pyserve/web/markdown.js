@@ -42,6 +42,9 @@ function table(token) {
   return element("div", [made], { class: "wide-content" });
 }
 
+/** The headings that one of this depth stands under, and itself. */
+const under = (outline, depth) => [...outline.filter((one) => one < depth), depth];
+
 /** What a token becomes; what isn't known here is shown as it was written. */
 function node(token) {
   switch (token.type) {
@@ -49,7 +52,8 @@ function node(token) {
     case "def":
       return [];
     case "heading":
-      return [element(`h${Math.min(6, token.depth + 2)}`, nodes(token.tokens))];
+      // The page has h1 and h2; whether a model begins with # or ###, the next is h3.
+      return [element(`h${Math.min(6, 2 + (token.outline?.length ?? token.depth))}`, nodes(token.tokens))];
     case "paragraph":
       return [element("p", nodes(token.tokens))];
     case "text":
@@ -106,6 +110,7 @@ export class GrowingText {
   #pending = "";
   #source = ""; // of the last block
   #last = null; // its elements' container
+  #outline = []; // depths of the headings that the last block stands under
   #grows = null; // the text node of a block that is only added to ...
   #until = null; // ... and what ends it
   #frame = 0;
@@ -154,6 +159,9 @@ export class GrowingText {
     this.#source += text;
     if (this.#grows && !this.#addGrowing()) return;
     const tokens = lexer(this.#source);
+    let outline = this.#outline;
+    for (const token of tokens)
+      if (token.type === "heading") token.outline = outline = under(outline, token.depth);
     // Blank lines end nothing yet: a list may go on behind them.
     const isFinal = () => tokens.slice(1).some(({ type }) => type !== "space");
     while (isFinal() && this.#source.startsWith(tokens[0].raw)) this.#finish(tokens.shift());
@@ -165,6 +173,7 @@ export class GrowingText {
   /** A block that nothing can change any more. */
   #finish(token) {
     this.#source = this.#source.slice(token.raw.length);
+    this.#outline = token.outline ?? this.#outline;
     const made = nodes([token]);
     if (this.#last) this.#last.replaceWith(...made);
     else this.root.append(...made);

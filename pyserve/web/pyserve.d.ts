@@ -45,14 +45,18 @@ export interface Timing {
   heartbeatMs?: number;
   /**
    * A tab that was hidden for so long detaches until it is shown; at once, when a visible tab of
-   * the same origin gets no connection, of which browsers have six for a host. Default 10000; Infinity: only then.
+   * the same origin gets no connection, of which browsers have six for a host, or when three other
+   * streams were hidden after it. Default 10000; Infinity: only then.
    */
   hiddenMs?: number;
   /** The first delay before a reconnect; it doubles, less a random part of up to half. Default 250. */
   minDelayMs?: number;
   /** Its bound. Default 10000. */
   maxDelayMs?: number;
-  /** Until the head of an answer. Default 10000, and for a POST more by its size. */
+  /**
+   * Until the head of an answer. Default 10000, and for a POST more by its size; the first
+   * reconnects wait less, for 3.5 heartbeats.
+   */
   answerMs?: number;
 }
 

@@ -31,9 +31,10 @@ const DEFAULTS = {
 };
 const UPLOAD_BYTES_PER_MS = 10; // a slow link's: a large POST may take that much longer
 const SLICE_BYTES = 32 * 1024; // a replay of megabytes is read in slices ...
-const CROWDED_MS = 500; // a request that waits so long may be waiting for hidden tabs' connections
-const CHANNEL = "pyserve.js: give way";
 const BUSY_MS = 8; // ... and the page gets its turn after so long
+const CROWDED_MS = 500; // a request that waits so long may be waiting for hidden tabs' connections
+const HIDDEN_STREAMS = 3; // so many hidden ones keep theirs for hiddenMs, or no new tab could load
+const CHANNEL = "pyserve.js: give way"; // says "", or the key of a stream that was hidden just now
 
 /** An answer that is an error; `reason` is pyserve's, or `http_<status>` where a proxy answered. */
 export class PyserveError extends Error {
@@ -152,6 +153,10 @@ class Stream {
   #keep = false;
   #ended = false;
   #hiddenLong = false;
+  #key = newId();
+  #hiddenLater = new Set(); // keys of other streams, hidden after this one
+  /** @type {BroadcastChannel | null} */
+  #channel = null;
   #connection = new AbortController();
   #wake = () => {};
   /** @type {ReturnType<typeof setTimeout> | undefined} */
@@ -224,8 +229,8 @@ class Stream {
     target?.addEventListener("visibilitychange", wake);
     globalThis.addEventListener?.("online", wake);
     globalThis.addEventListener?.("pageshow", wake);
-    const channel = target && globalThis.BroadcastChannel ? new BroadcastChannel(CHANNEL) : null;
-    if (channel) channel.onmessage = () => isHidden() && this.#hide();
+    if (target && globalThis.BroadcastChannel) this.#channel = new BroadcastChannel(CHANNEL);
+    if (this.#channel) this.#channel.onmessage = ({ data }) => isHidden() && this.#giveWay(data);
     signal?.addEventListener("abort", this.close);
     if (signal?.aborted) this.close();
     this.#lookAround();
@@ -236,7 +241,8 @@ class Stream {
     } finally {
       this.#ended = true;
       clearTimeout(this.#hiding);
-      channel?.close();
+      this.#channel?.close();
+      this.#channel = null;
       target?.removeEventListener("visibilitychange", wake);
       globalThis.removeEventListener?.("online", wake);
       globalThis.removeEventListener?.("pageshow", wake);
@@ -278,7 +284,7 @@ class Stream {
     this.#connection = connection;
     if (this.#closed) connection.abort("closed"); // by onState
     this.#heardAt = Date.now();
-    let limitMs = this.options.answerMs;
+    let limitMs = this.#answerLimitMs();
     const watch = setInterval(() => {
       if (Date.now() - this.#heardAt > limitMs) connection.abort("stall");
     }, this.options.heartbeatMs / 4);
@@ -302,6 +308,16 @@ class Stream {
       clearInterval(watch);
       connection.abort("over"); // closes the connection, whatever was left of it
     }
+  }
+
+  /**
+   * A GET is answered at once. Where it isn't, the browser may have taken a connection that died
+   * while it was idle, and may have more of them; or the network is slow.
+   */
+  #answerLimitMs() {
+    const { answerMs, heartbeatMs } = this.options;
+    if (this.post) return answerMs;
+    return Math.min(answerMs, 3.5 * heartbeatMs * 2 ** Math.max(0, this.#attempt - 3));
   }
 
   /** @param {AbortSignal} signal */
@@ -423,10 +439,18 @@ class Stream {
     if (isHidden()) {
       const { hiddenMs } = this.options; // setTimeout takes Infinity for 0
       if (Number.isFinite(hiddenMs)) this.#hiding = setTimeout(() => this.#hide(), hiddenMs);
+      this.#channel?.postMessage(this.#key);
       return;
     }
     this.#hiddenLong = false;
+    this.#hiddenLater.clear();
     this.#wake();
+  }
+
+  /** Another tab lacks a connection, or was hidden, too. @param {string} key */
+  #giveWay(key) {
+    if (key) this.#hiddenLater.add(key);
+    if (!key || this.#hiddenLater.size >= HIDDEN_STREAMS) this.#hide();
   }
 
   #hide() {

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Self
 from urllib.parse import unquote
 
@@ -20,7 +21,7 @@ async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
     """Wait for what nothing announces."""
     try:
         async with asyncio.timeout(PATIENCE_S):
-            while not await condition():
+            while not await condition():  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
     except TimeoutError:
         raise AssertionError(f"never happened: {what}") from None
@@ -88,10 +89,9 @@ class Chat:
             shown = await self.text()
             return shown == text
 
-        try:
-            await until(same, "")
-        except AssertionError:
-            assert shown == text  # noqa: PT017  pytest shows the difference
+        with suppress(AssertionError):  # the one below says more
+            await until(same, "the text")
+        assert shown == text
 
 
 class Log:

@@ -41,6 +41,8 @@ class CuttingProxy:
         self._server: asyncio.Server | None = None
         self._port = 0
         self._relays: set[asyncio.Task[None]] = set()
+        self._muted: set[asyncio.Task[None]] = set()
+        self._asked: dict[asyncio.Task[None], str] = {}  # by connection: its last request
 
     @property
     def url(self) -> str:
@@ -71,17 +73,27 @@ class CuttingProxy:
             relay.cancel()
         await asyncio.gather(*self._relays, return_exceptions=True)
 
+    def mute(self, words: str) -> None:
+        """Let nothing more pass on connections whose last request's first line holds these."""
+        muted = [relay for relay, line in self._asked.items() if words in line]
+        assert muted, self.requests
+        self._muted.update(muted)
+
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         relay = asyncio.create_task(self._relay(reader, writer))
         self._relays.add(relay)
         relay.add_done_callback(self._relays.discard)
+        relay.add_done_callback(self._muted.discard)
+        relay.add_done_callback(lambda _: self._asked.pop(relay, None))
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        relay = asyncio.current_task()
+        assert relay is not None
         cut = self.cuts.popleft() if self.cuts else None
         there = None
         try:
             there, upstream = await asyncio.open_connection(*self.target)
-            asking = asyncio.create_task(self._ask(reader, upstream))
+            asking = asyncio.create_task(self._ask(relay, reader, upstream))
             try:
                 await self._answer(there, writer, cut)
                 if cut is not None and cut.how == "stall":
@@ -97,11 +109,17 @@ class CuttingProxy:
         finally:
             writer.close()
 
-    async def _ask(self, reader: asyncio.StreamReader, upstream: asyncio.StreamWriter) -> None:
+    async def _ask(
+        self,
+        relay: asyncio.Task[None],
+        reader: asyncio.StreamReader,
+        upstream: asyncio.StreamWriter,
+    ) -> None:
         with suppress(OSError):
             while block := await reader.read(65536):
                 if re.match(rb"[A-Z]+ /", block):
                     self.requests.append(block.partition(b"\r\n")[0].decode())
+                    self._asked[relay] = self.requests[-1]
                 upstream.write(block)
         upstream.close()
 
@@ -110,6 +128,8 @@ class CuttingProxy:
     ) -> None:
         passed = b""
         while block := await there.read(65536):
+            if asyncio.current_task() in self._muted:
+                continue
             before = len(passed)
             passed += block
             head_end = passed.find(b"\r\n\r\n") + 4

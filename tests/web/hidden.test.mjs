@@ -121,3 +121,29 @@ for (const name of ["online", "pageshow", "visibilitychange"])
     tab.fire(name);
     assert.equal((await handle.done).state, "completed");
   });
+
+test("a hidden tab gives way when three others were hidden after it, and not before", async (t) => {
+  const tab = page(t);
+  const server = await scripted(t, open, rest);
+  const seen = recorder();
+  const handle = createClient({ base: server.url, hiddenMs: 1e6 }).attach("x", seen);
+  await seen.until(() => seen.events.length === 1);
+  const others = new BroadcastChannel("pyserve.js: give way");
+  const heard = new Promise((resolve) => (others.onmessage = resolve));
+  tab.become("hidden");
+  const { data: key } = await heard;
+  assert.ok(key);
+  const delivered = new BroadcastChannel("pyserve.js: give way");
+  for (const other of ["a", "b", "a", "b"]) {
+    const arrived = new Promise((resolve) => (delivered.onmessage = resolve));
+    others.postMessage(other);
+    await arrived;
+  }
+  delivered.close();
+  assert.equal(handle.state, "streaming");
+  others.postMessage("c");
+  await seen.until(() => handle.state === "hidden");
+  others.close();
+  tab.become("visible");
+  assert.equal((await handle.done).state, "completed");
+});

@@ -104,3 +104,14 @@ test("a note stands where the text was when it came", () => {
   growing.end();
   assert.deepEqual(target.childNodes.map(({ name }) => name), ["p", "note", "p"]);
 });
+
+test("headings follow the page's own without leaving out a level, whatever they begin with", () => {
+  const levels = (text, step) => [...grow(text, step).html.matchAll(/<(h\d)/g)].map(([, name]) => name);
+  const text = (depths) => depths.map((depth) => `${"#".repeat(depth)} a *heading*\n\ntext\n\n`).join("");
+  for (const step of [1, 3, 1000]) {
+    assert.deepEqual(levels(text([1, 2, 3, 2]), step), ["h3", "h4", "h5", "h4"]);
+    assert.deepEqual(levels(text([2, 3, 2]), step), ["h3", "h4", "h3"]);
+    assert.deepEqual(levels(text([3, 1, 3]), step), ["h3", "h3", "h4"]);
+    assert.deepEqual(levels(text([1, 2, 3, 4, 5, 6]), step), ["h3", "h4", "h5", "h6", "h6", "h6"]);
+  }
+});

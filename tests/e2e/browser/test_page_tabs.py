@@ -33,7 +33,6 @@ async def test_each_of_eight_tabs_streams_when_it_is_looked_at_and_can_be_stoppe
             chat = await Chat.open(profile, scene.wire.url)
             await chat.set_options(plain=True, max_tokens=100 if number else LONG)
             await chat.ask(f"question {number}")
-            await chat.shows((await scene.follow(chat)).text)
             logs.append(await scene.follow(chat))
             await chat.shows(await logs[-1].has(10))
             chats.append(chat)
