@@ -1,7 +1,7 @@
 // What the core costs beside what it descends from and beside a bare copy, in one run.
 //
-//   erase_front: a vector from whose front the overflow is erased, as llama.cpp's stream buffer does
-//   copy:        memcpy of the same bytes into one place, the least that an append can cost
+//   erase_front: a vector from whose front the overflow is erased, as llama.cpp's stream buffer
+//   does copy:        memcpy of the same bytes into one place, the least that an append can cost
 
 #include <benchmark/benchmark.h>
 
@@ -82,7 +82,8 @@ void framer(benchmark::State& state) {
 }
 BENCHMARK(framer)->Arg(1)->Arg(64);
 
-// The whole way of an event into the log: framed, numbered, appended, the prefix dropped at the cap.
+// The whole way of an event into the log: framed, numbered, appended, the prefix dropped at the
+// cap.
 void session_append(benchmark::State& state) {
   std::string block;
   for (int i = 0; i < state.range(0); ++i) block += event();

@@ -8,6 +8,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 
@@ -139,7 +140,10 @@ class BoundReader {
 
 double seconds(int64_t unix_ms) { return static_cast<double>(unix_ms) / 1e3; }
 
-int64_t nanos(double seconds) { return static_cast<int64_t>(seconds * kNanosPerSecond); }
+// Bounded to 30 years, so that no sum of times overflows.
+int64_t nanos(double seconds) {
+  return static_cast<int64_t>(std::min(seconds, 1e9) * kNanosPerSecond);
+}
 
 std::optional<double> tick(StreamSessionManager& manager) {
   const int64_t due_in_ns = unforked(manager).tick();

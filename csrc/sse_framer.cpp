@@ -57,6 +57,11 @@ void SseFramer::start_block() {
 
 void SseFramer::discard() { start_block(); }
 
+void SseFramer::release() {
+  start_block();
+  block_.shrink_to_fit();
+}
+
 SseFramer::Status SseFramer::consume(std::string_view& input, uint64_t offset) {
   if (published_) start_block();
   while (!input.empty()) {

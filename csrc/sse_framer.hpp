@@ -41,6 +41,8 @@ class SseFramer {
 
   // Forgets the unfinished block.
   void discard();
+  // The same, and gives back the memory: no more input will come.
+  void release();
 
   // Valid after Status::event until the next call.
   std::string_view event() const { return block_; }

@@ -173,7 +173,7 @@ bool StreamSession::end(State state, std::string_view reason, std::string_view l
   }
   framer_.discard();
   if (!last_events.empty()) feed(last_events);
-  framer_.discard();
+  framer_.release();
   account_framer();
   state_ = state;
   reason_ = reason;

@@ -1,6 +1,6 @@
 """Resumable LLM token streams for aiohttp."""
 
-from pyserve.app import create_app, setup
+from pyserve.app import create_app, error_middleware, setup
 from pyserve.config import Config
 from pyserve.delivery import stream_response
 from pyserve.errors import (
@@ -35,6 +35,7 @@ __all__ = [
     "StreamSession",
     "StreamSessionManager",
     "create_app",
+    "error_middleware",
     "setup",
     "stream_response",
 ]

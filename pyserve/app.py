@@ -55,7 +55,9 @@ def create_app(
     config = config or Config()
     manager = StreamSessionManager(config)
     context = Context(config, manager, Generations(manager), authenticate)
-    app = web.Application(middlewares=[_answer_errors], client_max_size=config.max_body_bytes)
+    app = web.Application(
+        middlewares=[_answer_every_error, error_middleware], client_max_size=config.max_body_bytes
+    )
     app[CONTEXT] = context
     add_stream_routes(app)
     add_health_routes(app)
@@ -92,6 +94,7 @@ def setup(
     """
     subapp = create_app(config, authenticate=authenticate)
     app.add_subapp(prefix, subapp)
+    app.middlewares.append(error_middleware)
     return subapp[CONTEXT].manager
 
 
@@ -116,22 +119,29 @@ async def _enter_upstream(
     stack: AsyncExitStack, config: Config, on_load_progress: Progress
 ) -> Upstream | None:
     if config.demo:
-        return Upstream(await stack.enter_async_context(demo_server()), config)
+        demo_url = await stack.enter_async_context(demo_server())
+        return Upstream(lambda: demo_url, config)
     if config.model is not None:
         model = await stack.enter_async_context(local_model(config, on_load_progress))
-        return Upstream(model.url, config, model.key)
+        return Upstream(lambda: model.url, config, model.key)
     if config.upstream is not None:
-        return Upstream(config.upstream, config, _read_upstream_key(config))
+        return Upstream(lambda: config.upstream, config, _read_upstream_key(config))
     return None
 
 
 def _read_upstream_key(config: Config) -> str | None:
-    if config.upstream_key_file is None:
-        return os.environ.get("PYSERVE_UPSTREAM_KEY")
-    try:
-        return config.upstream_key_file.read_text().strip()
-    except OSError as error:
-        raise ConfigError(f"upstream_key_file cannot be read: {error.strerror}") from error
+    key = os.environ.get("PYSERVE_UPSTREAM_KEY", "")
+    if config.upstream_key_file is not None:
+        try:
+            key = config.upstream_key_file.read_text()
+        except OSError as error:
+            raise ConfigError(f"upstream_key_file cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError:
+            raise ConfigError("upstream_key_file is not a text file") from None
+    key = key.strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError("the upstream's key holds characters that a header cannot carry")
+    return key or None
 
 
 async def drain(app: web.Application, timeout_s: float) -> None:
@@ -159,14 +169,21 @@ async def _name_request(request: web.Request, response: web.StreamResponse) -> N
 
 
 @web.middleware
-async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """The one place where an error becomes an answer."""
+async def error_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn pyserve's own errors into answers, and nothing else, so that an embedding application
+    can use pyserve's parts in its own handlers. :func:`setup` adds it."""
     try:
         return await handler(request)
     except ApiError as error:
         return _error_response(error)
     except MemoryBudgetError:
         return _error_response(ApiError("memory_budget", retry_after_s=1))
+
+
+@web.middleware
+async def _answer_every_error(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
     except web.HTTPException as error:
         return _translated(error)
     except Exception:
@@ -189,7 +206,7 @@ def _translated(error: web.HTTPException) -> web.StreamResponse:
         response = _error_response(ApiError("method_not_allowed"))
         response.headers["Allow"] = ", ".join(sorted(error.allowed_methods))
         return response
-    known = {404: "not_found", 413: "body_too_large", 417: "expectation_failed"}
+    known = {404: "not_found", 413: "body_too_large"}
     if error.status in known:
         return _error_response(ApiError(known[error.status]))
     raise error  # an authenticate() that answers in its own words

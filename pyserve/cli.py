@@ -28,6 +28,9 @@ _ACCESS_LOG_FORMAT = '%a "%r" %s %b %Tf s %{X-Request-Id}o'
 # Responses end within SHUTDOWN_DRAIN_S or are reset; this is for what else a handler does then.
 _HANDLER_TIMEOUT_S = 1.0
 
+# Longer than the 60 s that proxies keep an idle connection; aiohttp's own default is an hour.
+_KEEPALIVE_TIMEOUT_S = 75.0
+
 _SERVE_EPILOG = """\
 \b
 Examples:
@@ -176,7 +179,10 @@ async def _run(config: Config) -> None:
     label = f"Loading {config.model.name}" if config.model else ""
     app = create_app(config, on_load_progress=_LoadBar(label))
     runner = web.AppRunner(
-        app, access_log_format=_ACCESS_LOG_FORMAT, shutdown_timeout=_HANDLER_TIMEOUT_S
+        app,
+        access_log_format=_ACCESS_LOG_FORMAT,
+        keepalive_timeout=_KEEPALIVE_TIMEOUT_S,
+        shutdown_timeout=_HANDLER_TIMEOUT_S,
     )
     try:
         if not await _run_until(stop.asked, runner.setup()):

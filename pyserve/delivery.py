@@ -13,6 +13,7 @@ import socket
 import struct
 import weakref
 from contextlib import suppress
+from typing import Self
 from urllib.parse import quote
 
 from aiohttp import hdrs, web
@@ -20,7 +21,7 @@ from aiohttp import hdrs, web
 from pyserve.errors import ApiError
 from pyserve.positions import START, Position, parse_event_id, parse_position
 from pyserve.requests import query_values, sole_query_value
-from pyserve.sessions import READ_BYTES, SessionReader, StreamSession, StreamSessionManager
+from pyserve.sessions import READ_BYTES, StreamSession, StreamSessionManager
 
 log = logging.getLogger("pyserve")
 
@@ -31,9 +32,11 @@ _EVENT_STREAM_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 
-# Unsent bytes that asyncio holds for one reader, beside the kernel's buffer, before a write waits:
-# more than a block and its chunk's frame, so that a write with nothing unsent before it never does.
-_TRANSPORT_BUFFER_BYTES = 2 * READ_BYTES
+# Unsent bytes that asyncio holds for one reader, beside the kernel's buffer, before a write waits.
+_TRANSPORT_BUFFER_BYTES = READ_BYTES
+
+# How often the last bytes of an answer are looked after.
+_FLUSH_POLL_S = 0.01
 
 _PRINTABLE_ASCII = "".join(chr(code) for code in range(0x20, 0x7F))
 
@@ -123,9 +126,11 @@ async def stream_response(
     reader = session.read_from(position)
     try:
         response = web.StreamResponse(headers=stream_headers(session, reader.offset))
-        if request.method == hdrs.METH_HEAD:
+        if request.method == hdrs.METH_HEAD or request.transport is None:
             return response
-        await _deliver(request, response, reader, session.manager)
+        async with Sender(request, response, session.manager) as sender:
+            async for block in reader:
+                await sender.write(block)
         return response
     finally:
         reader.close()
@@ -144,40 +149,86 @@ def _nothing_to_come(session: StreamSession, position: Position, by_event_id: bo
     )
 
 
-async def _deliver(
-    request: web.Request,
-    response: web.StreamResponse,
-    reader: SessionReader,
-    manager: StreamSessionManager,
-) -> None:
-    transport = request.transport
-    if transport is None:
-        return  # gone before the first byte
-    config = manager.config
-    _bound_buffers(transport, config.send_buffer_bytes)
-    open_readers(manager).add(transport)
-    clock = asyncio.get_running_loop().time
-    try:
-        # One deadline for the whole delivery, armed only while a write may wait for the client.
-        async with asyncio.timeout(None) as deadline:
-            await response.prepare(request)
-            async for block in reader:
-                if transport.get_write_buffer_size() == 0:
-                    await response.write(block)
-                    continue
-                deadline.reschedule(clock() + config.write_timeout_s)
-                await response.write(block)
-                deadline.reschedule(None)
-            deadline.reschedule(clock() + config.write_timeout_s)
-            await response.write_eof()
-    except (ConnectionError, TimeoutError, ApiError) as error:
-        log.info("reader ended at %d: %r", reader.offset, error)
-        reset_connection(transport)
-    except asyncio.CancelledError:
-        reset_connection(transport)
-        raise
-    finally:
-        open_readers(manager).remove(transport)
+class Sender:
+    """Sends one answer on a connection that is open: all of it reaches the kernel, or the
+    connection is reset.
+
+    Used as ``async with Sender(...) as sender``. A client that takes nothing for
+    ``write_timeout_s`` while something is unsent is reset; so is everyone at an error in the block,
+    of which the ones about a lost client or stream end here.
+    """
+
+    def __init__(
+        self, request: web.Request, response: web.StreamResponse, manager: StreamSessionManager
+    ) -> None:
+        self._request = request
+        self._response = response
+        self._readers = open_readers(manager)
+        self._config = manager.config
+        self._loop = asyncio.get_running_loop()
+        assert request.transport is not None
+        self._transport = request.transport
+        self._handed_bytes = 0
+        self._taken_bytes = 0
+        self._taken_at = self._loop.time()
+        self._watch: asyncio.TimerHandle
+
+    async def __aenter__(self) -> Self:
+        _bound_buffers(self._transport, self._config.send_buffer_bytes)
+        self._readers.add(self._transport)
+        self._look_at_progress()
+        try:
+            await self._response.prepare(self._request)
+        except BaseException as error:
+            await self.__aexit__(type(error), error, None)
+            raise
+        return self
+
+    async def write(self, block: bytes) -> None:
+        """Send `block`; waits while much is unsent."""
+        self._handed_bytes += len(block)
+        await self._response.write(block)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> bool:
+        try:
+            if error is None:
+                await self._finish()
+                return True
+        except (Exception, asyncio.CancelledError) as failed:
+            error = failed
+            raise
+        finally:
+            self._watch.cancel()
+            self._readers.remove(self._transport)
+            if error is not None:
+                reset_connection(self._transport)
+        log.info("a reader was left: %r", error)
+        return isinstance(error, (ApiError, ConnectionError))
+
+    async def _finish(self) -> None:
+        """End the body. It is over only when the kernel has it all: what asyncio still holds would
+        die with the process, and look like an end."""
+        await self._response.write_eof()
+        while self._transport.get_write_buffer_size():
+            if self._transport.is_closing():
+                raise ConnectionResetError("the client left before the last byte")
+            await asyncio.sleep(_FLUSH_POLL_S)
+
+    def _look_at_progress(self) -> None:
+        """Look now and then how much the client has taken; reset it when that is nothing."""
+        now = self._loop.time()
+        unsent = self._transport.get_write_buffer_size()
+        taken = self._handed_bytes - unsent
+        if taken != self._taken_bytes or not unsent:
+            self._taken_bytes, self._taken_at = taken, now
+        elif now - self._taken_at >= self._config.write_timeout_s:
+            log.info("a reader took nothing for %g s", self._config.write_timeout_s)
+            reset_connection(self._transport)
+            return
+        look_again_in_s = self._config.write_timeout_s / 4
+        self._watch = self._loop.call_later(look_again_in_s, self._look_at_progress)
 
 
 def _bound_buffers(transport: asyncio.Transport, send_buffer_bytes: int) -> None:

@@ -91,7 +91,6 @@ REASONS: dict[str, Reason] = {
     "idempotency_mismatch": Reason(422, "This Idempotency-Key was used with another request body"),
     "not_found": Reason(404, "There is nothing at this address"),
     "method_not_allowed": Reason(405, "This address does not take this method"),
-    "expectation_failed": Reason(417, "The Expect header cannot be met"),
     # the stream
     "stream_not_found": Reason(404, "Stream not found or expired"),
     "offset_lost": Reason(400, "Stream offset lost, please restart"),

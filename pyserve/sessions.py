@@ -27,6 +27,10 @@ _MAX_ERROR_EVENT_BYTES = 3 * 1024
 SINGLE_OWNER = ""
 
 MAX_CONVERSATION_ID_BYTES = 255
+
+# The first byte of the core's tag, so that every view of a session tells its errors alike.
+_OPENAI, _ANTHROPIC = b"o", b"a"
+
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _REASON = re.compile(r"[a-z0-9_]{1,64}")
 
@@ -97,17 +101,11 @@ class StreamSession:
     Objects of this class are views: two of them with the same epoch are the same session.
     """
 
-    __slots__ = ("_core", "dialect", "manager")
+    __slots__ = ("_core", "manager")
 
-    def __init__(
-        self,
-        core: _core.StreamSession,
-        manager: StreamSessionManager,
-        dialect: Dialect = "openai",
-    ) -> None:
+    def __init__(self, core: _core.StreamSession, manager: StreamSessionManager) -> None:
         self._core = core
         self.manager = manager
-        self.dialect: Dialect = dialect
 
     def __repr__(self) -> str:
         return f"<StreamSession {self.conversation_id!r} {self.epoch} {self.state}>"
@@ -136,7 +134,12 @@ class StreamSession:
     @property
     def tag(self) -> bytes:
         """What the creator attached; lives as long as the log."""
-        return self._core.tag
+        return self._core.tag[1:]
+
+    @property
+    def dialect(self) -> Dialect:
+        """How the stream tells an error."""
+        return "anthropic" if self._core.tag[:1] == _ANTHROPIC else "openai"
 
     def snapshot(self) -> _core.SessionSnapshot:
         """State, offsets, readers and times of one moment, together."""
@@ -245,7 +248,7 @@ class StreamSession:
         """Completed; failed if an exception came; a Stop in between is no exception."""
         if error is None:
             self.finalize()
-        elif isinstance(error, SessionEndedError):
+        elif isinstance(error, SessionEndedError) and not self.is_live:
             return True
         else:
             self.finalize("failed")
@@ -371,9 +374,9 @@ class StreamSessionManager:
             conversation_id,
             call_on_cancel if on_cancel else None,
             call_on_end if on_end else None,
-            tag,
+            (_ANTHROPIC if dialect == "anthropic" else _OPENAI) + tag,
         )
-        session = StreamSession(core, self, dialect)
+        session = StreamSession(core, self)
         call_on_end()
         return session
 
@@ -385,7 +388,8 @@ class StreamSessionManager:
         self, conversation_ids: Iterable[str], *, owner: str = SINGLE_OWNER
     ) -> list[StreamSession]:
         """Sessions whose id is one of these or begins with one of these and ``::``."""
-        wellformed = [text for text in conversation_ids if is_conversation_id(text)]
+        # Each once: a repeated id would be looked up, and all that it finds gone through, again.
+        wellformed = [text for text in dict.fromkeys(conversation_ids) if is_conversation_id(text)]
         found = self._core.lookup(owner, wellformed)
         return [StreamSession(core, self) for core in found]
 

@@ -49,8 +49,10 @@ class StartError(Exception):
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else list(argv)
     options = _parser().parse_args(arguments)
-    parent = os.getppid()
+    parent = int(os.environ.get("PYSERVE_PARENT_PID", os.getppid()))
     _die_with_parent()
+    if os.getppid() != parent:  # it ended before the kernel was told
+        sys.exit("error: the process that started this one has ended")
     if llama_server := shutil.which("llama-server"):
         os.execv(llama_server, [llama_server, *arguments])  # what the kernel was told stays told
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would wait for the load

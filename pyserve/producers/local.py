@@ -1,7 +1,7 @@
 """A llama.cpp of pyserve's own: started for one GGUF file, watched, started again when it dies.
 
-The child listens on a loopback port that is chosen once and kept across restarts, behind a random
-key: without one llama.cpp lets any web page in this machine's browsers use it.
+The child listens on a free loopback port, another one after each restart, behind a random key:
+without one llama.cpp lets any web page in this machine's browsers use it.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ Progress = Callable[[float], None]
 
 @dataclass
 class LocalModel:
-    """Where a supervised llama.cpp listens, and its key."""
+    """Where a supervised llama.cpp listens, None while it is being started; and its key."""
 
-    url: str
+    url: str | None
     key: str
 
 
@@ -140,6 +140,17 @@ def _free_port() -> int:
         return port
 
 
+async def _wait_healthy(url: str) -> None:
+    timeout = aiohttp.ClientTimeout(total=_HEALTH_TIMEOUT_S)
+    async with aiohttp.ClientSession(timeout=timeout) as http:
+        while True:
+            with suppress(aiohttp.ClientError, TimeoutError):
+                async with http.get(f"{url}/health") as response:
+                    if response.status == 200:
+                        return
+            await asyncio.sleep(_HEALTH_POLL_S)
+
+
 def _require_llama() -> None:
     if shutil.which("llama-server") is None and find_spec("xllamacpp") is None:
         raise MissingExtraError("llama", "--model without a llama-server on PATH")
@@ -150,8 +161,7 @@ class _Supervisor:
         assert config.model is not None
         self._config = config
         self._on_progress = on_progress
-        self._port = _free_port()
-        self.model = LocalModel(f"http://127.0.0.1:{self._port}", secrets.token_urlsafe(24))
+        self.model = LocalModel(None, secrets.token_urlsafe(24))
         self._child: _Child | None = None
 
     async def start(self) -> None:
@@ -160,33 +170,42 @@ class _Supervisor:
         Raises:
             ConfigError: the model cannot be loaded, with llama.cpp's own words.
         """
-        child = await self._spawn()
+        # A new port each time: the last one may be a stranger's by now, who must not get the key.
+        port = _free_port()
+        child = await self._spawn(port)
+        url = f"http://127.0.0.1:{port}"
         exited = asyncio.create_task(child.process.wait())
-        loaded = asyncio.create_task(self._wait_healthy())
+        loaded = asyncio.create_task(_wait_healthy(url))
         try:
             await asyncio.wait({exited, loaded}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             exited.cancel()
             loaded.cancel()
-        if exited.done():
+        if child.process.returncode is not None:
             await child.wait()
             raise ConfigError(f"llama.cpp cannot load {self._config.model}: {child.first_error}")
+        self.model.url = url
         self._on_progress(1.0)
 
-    async def _spawn(self) -> _Child:
+    async def _spawn(self, port: int) -> _Child:
         config = self._config
         assert config.model is not None
         process = await asyncio.create_subprocess_exec(
             sys.executable,
+            "-P",  # nothing out of the folder one happens to stand in
             "-m",
             "pyserve.producers.llama_child",
             *("--model", str(config.model)),
             *("--host", "127.0.0.1"),
-            *("--port", str(self._port)),
+            *("--port", str(port)),
             *("--alias", config.model.stem),
             *("--ctx-size", str(config.model_context_tokens)),
             *("--parallel", str(config.model_slots)),
-            env={**os.environ, "LLAMA_API_KEY": self.model.key},
+            env={
+                **os.environ,
+                "LLAMA_API_KEY": self.model.key,
+                "PYSERVE_PARENT_PID": str(os.getpid()),
+            },
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
@@ -196,36 +215,29 @@ class _Supervisor:
         self._child = _Child(process, self._on_progress)
         return self._child
 
-    async def _wait_healthy(self) -> None:
-        timeout = aiohttp.ClientTimeout(total=_HEALTH_TIMEOUT_S)
-        async with aiohttp.ClientSession(timeout=timeout) as http:
-            while True:
-                with suppress(aiohttp.ClientError, TimeoutError):
-                    async with http.get(f"{self.model.url}/health") as response:
-                        if response.status == 200:
-                            return
-                await asyncio.sleep(_HEALTH_POLL_S)
-
     async def keep_alive(self) -> None:
         """Start the child again whenever it ends, with growing delays, until cancelled."""
         clock = asyncio.get_running_loop().time
-        child = self._child
-        assert child is not None
         delay_s = _FIRST_RESTART_DELAY_S
         while True:
             started = clock()
-            status = await child.wait()
+            assert self._child is not None
+            status = await self._child.wait()
+            self.model.url = None
             if clock() - started > _STEADY_AFTER_S:
                 delay_s = _FIRST_RESTART_DELAY_S
             log.error(
                 "llama.cpp ended with status %d, starting it again in %.1f s; its last words:\n%s",
                 status,
                 delay_s,
-                child.last_words,
+                self._child.last_words,
             )
             await asyncio.sleep(delay_s)
             delay_s = min(delay_s * 2, _LONGEST_RESTART_DELAY_S)
-            child = await self._spawn()
+            try:
+                await self.start()
+            except (ConfigError, OSError) as error:
+                log.error("%s", error)
 
     async def stop(self) -> None:
         """End llama.cpp, if it was started."""

@@ -73,9 +73,11 @@ GENERATION_ROUTES = [
 class Upstream:
     """One upstream server. :meth:`open` before the first use, :meth:`close` after the last."""
 
-    def __init__(self, base_url: str, config: Config, key: str | None = None) -> None:
-        # The routes begin with /v1: take the form that OpenAI's SDKs want, too.
-        self._base_url = base_url.rstrip("/").removesuffix("/v1")
+    def __init__(
+        self, locate: Callable[[], str | None], config: Config, key: str | None = None
+    ) -> None:
+        """`locate` gives the server's URL, or None while it is being started again."""
+        self._locate = locate
         self._config = config
         self._headers = {}
         if key:
@@ -103,12 +105,13 @@ class Upstream:
         method: str,
         path: str,
         headers: Mapping[str, str],
-        body: bytes | None = None,
+        body: io.BytesIO | None = None,
         *,
         as_is: bool = False,
     ) -> AsyncIterator[Answer]:
         """One request, entered when a 2xx head has come; the connection is closed on leaving,
-        whatever is left of the answer. `path` is percent-encoded and may have a query.
+        whatever is left of the answer. `path` is percent-encoded and may have a query. `body` is
+        closed, and its memory free, when the answer has begun.
 
         `as_is` is for who passes on the head, too: a 304 is an answer like any, and the body comes
         in an encoding that the `headers` accept.
@@ -125,6 +128,8 @@ class Upstream:
                         await _raise_for_status(response)
                     if not as_is:
                         _raise_for_encoding(response)
+                    if body is not None:
+                        body.close()
                     yield Answer(response, deadline, self._config.upstream_idle_timeout_s)
                 finally:
                     response.close()
@@ -132,15 +137,19 @@ class Upstream:
             raise _logged("upstream_timeout", error) from error
 
     async def _request(
-        self, method: str, path: str, headers: Mapping[str, str], body: bytes | None
+        self, method: str, path: str, headers: Mapping[str, str], body: io.BytesIO | None
     ) -> aiohttp.ClientResponse:
+        # The routes begin with /v1: take the form that OpenAI's SDKs want, too.
+        base_url = (self._locate() or "").rstrip("/").removesuffix("/v1")
+        if not base_url:
+            raise ApiError("model_loading", retry_after_s=1)
         try:
             return await self._http.request(
                 method,
-                URL(self._base_url + path, encoded=True),
+                URL(base_url + path, encoded=True),
                 headers={"Accept-Encoding": "identity", **headers, **self._headers},
                 # From a file aiohttp sends a large body in pieces, so that the loop isn't held up.
-                data=io.BytesIO(body) if body is not None else None,
+                data=body,
                 allow_redirects=False,
             )
         except aiohttp.ServerTimeoutError as error:
@@ -156,7 +165,7 @@ class Upstream:
         self,
         route: Route,
         headers: Mapping[str, str],
-        body: bytes,
+        body: io.BytesIO,
         session: StreamSession,
         begin: Callable[[], None],
     ) -> str | None:
@@ -173,8 +182,13 @@ class Upstream:
                 log.warning("upstream answered %r, not a stream", answer.content_type)
                 raise ApiError("upstream_not_sse")
             begin()
-            while block := await answer.read_block():
-                session.append(block)
+            try:
+                while block := await answer.read_block():
+                    session.append(block)
+            except ApiError:
+                if not route.is_terminator(session.last_event()):
+                    raise
+                return None  # all was said; how the connection ended doesn't matter
         session.end_input()
         return None if route.is_terminator(session.last_event()) else "unterminated"
 
@@ -241,7 +255,7 @@ async def _raise_for_status(response: aiohttp.ClientResponse) -> None:
     status = response.status
     if 200 <= status < 300:
         return
-    if status < 400:
+    if status < 400 or status > 599:
         log.warning("upstream answered with status %d to %s", status, response.url.path)
         raise ApiError("upstream_invalid")
     told = await _read_error(response)

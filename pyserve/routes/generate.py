@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
+import io
 
 from aiohttp import web
 
@@ -38,10 +39,12 @@ async def _generate(route: Route, request: web.Request) -> web.StreamResponse:
     if conversation_id is None or not wants_stream:
         _refuse_if_draining(context)
         with context.generations.passing():
-            return await forward(request, upstream, route.path, body)
+            return await forward(request, upstream, route.path, io.BytesIO(body))
 
     conflict_mode = _conflict_mode(request)
     tag = _idempotency_tag(route, request, body)
+    upload = io.BytesIO(body)
+    del body  # it may be large, and this function goes on for as long as the generation
     present = context.manager.get(conversation_id, owner=owner)
     if present is not None:
         if _is_repeat(present, tag):
@@ -55,7 +58,7 @@ async def _generate(route: Route, request: web.Request) -> web.StreamResponse:
 
     generation = context.generations.start(
         conversation_id,
-        functools.partial(upstream.generate, route, request_headers(request), body),
+        functools.partial(upstream.generate, route, request_headers(request), upload),
         owner=owner,
         dialect=route.dialect,
         tag=tag,

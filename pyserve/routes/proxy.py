@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+import io
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from aiohttp import hdrs, web
 
-from pyserve.delivery import open_readers, reset_connection
-from pyserve.errors import ApiError
+from pyserve.delivery import Sender
 from pyserve.producers.upstream import Upstream
 from pyserve.requests import read_body
 from pyserve.routes.context import context_of
@@ -57,7 +57,7 @@ async def _pass_through(path: str, request: web.Request) -> web.StreamResponse:
     upstream = context.require_upstream()
     body = None
     if request.method == hdrs.METH_POST:
-        body = await read_body(request, context.config)
+        body = io.BytesIO(await read_body(request, context.config))
     query = request.rel_url.raw_query_string
     return await forward(request, upstream, f"{path}?{query}" if query else path, body)
 
@@ -72,14 +72,13 @@ def request_headers(request: web.Request) -> dict[str, str]:
 
 
 async def forward(
-    request: web.Request, upstream: Upstream, path: str, body: bytes | None
+    request: web.Request, upstream: Upstream, path: str, body: io.BytesIO | None
 ) -> web.StreamResponse:
     """Send the request on to `path` and stream the answer back. A client that leaves ends both.
 
     Raises:
         ApiError: the upstream failed before its answer began. Later the connection is reset.
     """
-    write_timeout_s = context_of(request).config.write_timeout_s
     async with (
         _cancelled_on_disconnect(request),
         upstream.exchange(request.method, path, request_headers(request), body) as answer,
@@ -90,28 +89,10 @@ async def forward(
         )
         if request.transport is None:
             return response  # the client left before the first byte
-        with _whole_or_reset(request, request.transport):
-            await response.prepare(request)
+        async with Sender(request, response, context_of(request).manager) as sender:
             while block := await answer.read_block():
-                async with asyncio.timeout(write_timeout_s):
-                    await response.write(block)
+                await sender.write(block)
         return response
-
-
-@contextmanager
-def _whole_or_reset(request: web.Request, transport: asyncio.Transport) -> Iterator[None]:
-    """An answer that has begun cannot turn into an error: its connection is reset instead, at the
-    server's shutdown, too."""
-    readers = open_readers(context_of(request).manager)
-    readers.add(transport)
-    try:
-        yield
-    except BaseException as error:
-        reset_connection(transport)
-        if not isinstance(error, (ApiError, ConnectionError, TimeoutError)):
-            raise
-    finally:
-        readers.remove(transport)
 
 
 @asynccontextmanager

@@ -20,7 +20,7 @@ MAX_LOOKUP_BODY_BYTES = 2 * 1024 * 1024
 
 def add_stream_routes(app: web.Application) -> None:
     """``/v1/stream/<id>``, ``/v1/stream?conv_id=<id>`` and ``/v1/streams/lookup``."""
-    for path in ("/v1/stream", "/v1/stream/{conversation_id:(?s:.+)}"):
+    for path in ("/v1/stream", "/v1/stream/{conversation_id:(?s:.*)}"):
         app.router.add_get(path, _read, allow_head=False)
         # aiohttp would run the GET for it, to its end.
         app.router.add_head(path, _read)

@@ -15,6 +15,8 @@ class MainThread:
     """CPU times of its tasks, in milliseconds: a busy machine makes tasks wait, not work."""
 
     tasks_ms: list[float] = field(default_factory=list)
+    #: From the first task to the last one, on the clock.
+    seconds: float = 0.0
 
     @property
     def longest_ms(self) -> float:
@@ -38,6 +40,11 @@ async def traced(browser: Browser, page: Page) -> AsyncIterator[MainThread]:
         for event in events
         if event["name"] == "thread_name" and event["args"]["name"] == "CrRendererMain"
     }
-    for event in events:
-        if event["name"] == "RunTask" and (event["pid"], event["tid"]) in threads:
-            main_thread.tasks_ms.append(event["tdur"] / 1000)
+    tasks = [
+        event
+        for event in events
+        if event["name"] == "RunTask" and (event["pid"], event["tid"]) in threads
+    ]
+    main_thread.tasks_ms = [task["tdur"] / 1000 for task in tasks]
+    starts = [task["ts"] for task in tasks]
+    main_thread.seconds = (max(starts) - min(starts)) / 1e6

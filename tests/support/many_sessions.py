@@ -66,7 +66,7 @@ class Producers:
         clock = asyncio.get_running_loop().time
         start = clock()
         appended = [0] * TURNS
-        while appended[-1] < self._events:
+        while min(appended) < self._events:
             for turn, done in enumerate(appended):
                 due_s = start + (done + turn / TURNS) * self._interval_s
                 await asyncio.sleep(max(0, due_s - clock()))
