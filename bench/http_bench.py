@@ -121,7 +121,8 @@ async def read_stream(http: aiohttp.ClientSession, server: Server, events: int) 
             received += len(block)
             tail = (tail + block)[-64:]
     server.seconds.append(time.perf_counter() - began)
-    assert received >= events * EVENT_BYTES and b"[DONE]" in tail, f"{server.name} lost bytes"
+    assert received >= events * EVENT_BYTES, f"{server.name} lost bytes"
+    assert b"[DONE]" in tail, f"{server.name} lost the end"
 
 
 async def measure(servers: list[Server], rounds: int, events: int) -> None:
@@ -144,7 +145,8 @@ async def measure(servers: list[Server], rounds: int, events: int) -> None:
 def print_table(servers: list[Server], events: int) -> None:
     """Medians, and each server's ratio to the first in the same round."""
     base = servers[0]
-    print(f"\n| {events:,} events of {EVENT_BYTES} bytes | events/s | time, ratio | first byte ms |")
+    title = f"{events:,} events of {EVENT_BYTES} bytes"
+    print(f"\n| {title} | events/s | time, ratio | first byte ms |")
     print("| --- | ---: | ---: | ---: |")
     for server in servers:
         ratio = statistics.median(a / b for a, b in zip(server.seconds, base.seconds, strict=True))

@@ -85,6 +85,7 @@ void raise_unless_ok(AppendStatus status) {
     case AppendStatus::ended: throw SessionEndedError();
     case AppendStatus::event_too_large: throw EventTooLargeError();
     case AppendStatus::event_unfinished: throw EventUnfinishedError();
+    case AppendStatus::over_budget: throw MemoryBudgetError();
   }
 }
 

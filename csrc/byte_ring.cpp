@@ -45,6 +45,14 @@ void ByteRing::drop_to(uint64_t offset) {
   }
 }
 
+size_t ByteRing::droppable_chunk_bytes() const {
+  return segments_.size() - head_ > 1 ? segments_[head_].chunk->capacity_bytes : 0;
+}
+
+uint64_t ByteRing::oldest_chunk_end() const {
+  return segments_[head_].start_offset + segments_[head_].chunk->capacity_bytes;
+}
+
 const ByteRing::Segment& ByteRing::segment_at(uint64_t offset) const {
   const Segment& oldest = segments_[head_];  // where drops look
   if (offset < oldest.start_offset + oldest.chunk->capacity_bytes) return oldest;

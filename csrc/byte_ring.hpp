@@ -32,6 +32,10 @@ class ByteRing {
   uint64_t first_offset() const { return first_offset_; }
   uint64_t end_offset() const { return end_offset_; }
   uint64_t size() const { return end_offset_ - first_offset_; }
+  // Memory that comes back when everything below oldest_chunk_end() is dropped; 0 when there is
+  // only the chunk that is being filled.
+  size_t droppable_chunk_bytes() const;
+  uint64_t oldest_chunk_end() const;
 
   // O(bytes). Throws std::bad_alloc; what fitted before that stays appended.
   void append(std::string_view bytes);

@@ -70,8 +70,7 @@ AppendStatus StreamSession::append(std::string_view sse) {
     if (!is_live(state_)) return AppendStatus::ended;
     whole = feed(sse);
   }
-  reclaim_if_over_budget();
-  return whole ? AppendStatus::ok : AppendStatus::event_too_large;
+  return settle_append(whole);
 }
 
 AppendStatus StreamSession::append_event(std::string_view data, std::string_view event_name) {
@@ -83,8 +82,7 @@ AppendStatus StreamSession::append_event(std::string_view data, std::string_view
     if (framer_.pending_bytes() > 0) return AppendStatus::event_unfinished;
     whole = feed(text);
   }
-  reclaim_if_over_budget();
-  return whole ? AppendStatus::ok : AppendStatus::event_too_large;
+  return settle_append(whole);
 }
 
 AppendStatus StreamSession::end_input() {
@@ -223,18 +221,25 @@ void StreamSession::drop_at_least(uint64_t bytes) {
   ring_.drop_to(boundary);
 }
 
-void StreamSession::reclaim_if_over_budget() {
-  if (pool_->excess_bytes() == 0) return;
-  // Finished sessions go first; only then does the one that grows give up its own oldest bytes.
+// Keeps the budget after an append. Finished sessions go first; then the one that grows gives up
+// its own oldest bytes; and where that isn't enough, it must end.
+AppendStatus StreamSession::settle_append(bool whole) {
+  if (!whole) return AppendStatus::event_too_large;
+  if (pool_->excess_bytes() == 0) return AppendStatus::ok;
   if (const auto observer = observer_.lock()) observer->reclaim_memory();
   if (const size_t excess = pool_->excess_bytes()) shrink(excess);
+  return pool_->excess_bytes() == 0 ? AppendStatus::ok : AppendStatus::over_budget;
 }
 
 void StreamSession::shrink(uint64_t bytes) {
   const std::lock_guard lock(mutex_);
-  // What is left is at least one full chunk: under it no chunk would come free.
-  constexpr uint64_t kKeptBytes = ChunkPool::kFullChunkBytes;
-  if (ring_.size() > kKeptBytes) drop_at_least(std::min(bytes, ring_.size() - kKeptBytes));
+  uint64_t freed_bytes = 0;
+  while (freed_bytes < bytes) {
+    const size_t chunk_bytes = ring_.droppable_chunk_bytes();
+    if (chunk_bytes == 0) break;
+    drop_at_least(ring_.oldest_chunk_end() - ring_.first_offset());
+    freed_bytes += chunk_bytes;
+  }
 }
 
 // --- the readers' side

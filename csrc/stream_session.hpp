@@ -29,7 +29,13 @@ enum class State { queued, streaming, completed, failed, cancelled };
 
 constexpr bool is_live(State state) { return state == State::queued || state == State::streaming; }
 
-enum class AppendStatus { ok, ended, event_too_large, event_unfinished };
+enum class AppendStatus {
+  ok,
+  ended,             // the session is over; nothing was appended
+  event_too_large,   // and dropped; what came whole before it is in the log
+  event_unfinished,  // append_event() in the middle of an event; nothing was appended
+  over_budget,       // appended, but neither finished sessions nor this log had enough to give back
+};
 
 enum class ReadStatus {
   data,   // `piece` holds bytes
@@ -134,7 +140,7 @@ class StreamSession : public std::enable_shared_from_this<StreamSession> {
   // Appends `: ping` if nothing was appended for the heartbeat interval. Returns the steady time of
   // the next one due, or -1 when the session is over.
   int64_t heartbeat();
-  // Gives back memory by dropping from the front, at least `bytes` where the log holds that much.
+  // Gives back memory, at least `bytes` where that many are in chunks before the one being filled.
   void shrink(uint64_t bytes);
   // Steady time of the ending; valid once the session is over.
   int64_t ended_ns() const;
@@ -158,7 +164,7 @@ class StreamSession : public std::enable_shared_from_this<StreamSession> {
   bool end(State state, std::string_view reason, std::string_view last_events);
 
   void after_end(bool cancelled);
-  void reclaim_if_over_budget();
+  AppendStatus settle_append(bool whole);
 
   const SessionKey key_;
   const std::string epoch_;

@@ -177,6 +177,7 @@ class StreamSession:
         Raises:
             SessionEndedError: the session is over.
             EventTooLargeError: an event exceeds ``max_session_bytes``; the session has failed.
+            MemoryBudgetError: live sessions fill ``max_total_bytes``; this one has failed.
             UnicodeEncodeError: `sse` holds a lone surrogate. Nothing was appended.
         """
         self._guard_size(self._core.append, sse.encode() if isinstance(sse, str) else bytes(sse))
@@ -208,6 +209,9 @@ class StreamSession:
             append(*args)
         except _core.EventTooLargeError:
             self.fail(ApiError("event_too_large"))
+            raise
+        except _core.MemoryBudgetError:
+            self.fail(ApiError("memory_budget"))
             raise
 
     def finalize(self, state: str = "completed", reason: str | None = None) -> bool:

@@ -58,8 +58,8 @@ class Generation:
             self.session.finalize("completed", reason)
         except SessionEndedError:
             pass  # stopped by a client between two appends
-        except EventTooLargeError:
-            log.warning("an event was larger than max_session_bytes: %r", self.session)
+        except (EventTooLargeError, MemoryBudgetError) as error:
+            log.warning("%s: %r", error, self.session)  # append() has failed the session
         except asyncio.CancelledError:
             self.session.fail(ApiError("shutdown"))  # without effect where a Stop cancelled us
             raise

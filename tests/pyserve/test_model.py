@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from collections.abc import Callable
 from typing import ClassVar
 
 import pytest
@@ -29,6 +30,7 @@ from pyserve import (
     StreamSessionManager,
     _core,
 )
+from pyserve.errors import REASONS
 
 SOAK = bool(os.environ.get("PYSERVE_SOAK"))
 
@@ -220,8 +222,7 @@ class SessionMachine(RuleBasedStateMachine):
                 tracked.session.append(text)
             self.note_fail(tracked, "event_too_large")
         else:
-            tracked.session.append(text)
-            self.note_append(tracked, published)
+            self.really_append(tracked, published, lambda: tracked.session.append(text))
         self.after_append(tracked)
 
     @precondition(lambda self: self.tracked)
@@ -236,11 +237,11 @@ class SessionMachine(RuleBasedStateMachine):
             with pytest.raises(SessionEndedError):
                 tracked.session.append_event(data, name)
             return
-        tracked.session.append_event(data, name)
         lines = data.replace("\r\n", "\n").replace("\r", "\n").split("\n")
         text = (f"event: {name}\n" if name else "") + "".join(f"data: {line}\n" for line in lines)
         tracked.state = "streaming"
-        self.note_append(tracked, tracked.model.append(text.encode() + b"\n"))
+        published = tracked.model.append(text.encode() + b"\n")
+        self.really_append(tracked, published, lambda: tracked.session.append_event(data, name))
         self.after_append(tracked)
 
     def end_input(self, tracked: Tracked, _reason: str) -> None:
@@ -264,6 +265,19 @@ class SessionMachine(RuleBasedStateMachine):
 
     def after_append(self, tracked: Tracked) -> None:
         """Room for what a small budget takes."""
+
+    def really_append(self, tracked: Tracked, published: bool, append: Callable[[], None]) -> None:
+        try:
+            append()
+        except MemoryBudgetError:
+            self.after_budget_failure()
+            self.note_append(tracked, published)
+            self.note_fail(tracked, "memory_budget")
+        else:
+            self.note_append(tracked, published)
+
+    def after_budget_failure(self) -> None:
+        raise AssertionError("there was room")
 
     def note_append(self, tracked: Tracked, published: bool) -> None:
         if published:
@@ -301,7 +315,7 @@ class SessionMachine(RuleBasedStateMachine):
             self.expect_calls(("on_cancel", tracked.session), ("on_end", tracked.session))
 
     def note_fail(self, tracked: Tracked, reason: str) -> None:
-        known = reason if reason in ("event_too_large", "upstream_lost") else "generation_failed"
+        known = reason if reason in REASONS else "generation_failed"
         error = ApiError(known)
         error.reason = reason
         tracked.model.framer.discard()
@@ -456,6 +470,10 @@ class TightMachine(SessionMachine):
         self.note_reclaimed()
         assert self.ended == []
         assert self.manager.used_bytes + 1024 > self.config.max_total_bytes
+
+    def after_budget_failure(self) -> None:
+        self.note_reclaimed()
+        assert self.ended == []  # finished ones went first
 
     def after_append(self, tracked: Tracked) -> None:
         now = tracked.session.snapshot()

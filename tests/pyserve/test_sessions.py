@@ -397,15 +397,25 @@ def test_a_log_is_kept_for_its_ttl(manager: StreamSessionManager, clock: _core.M
 def test_live_sessions_that_fill_the_budget_refuse_new_ones() -> None:
     manager = StreamSessionManager(Config(max_session_bytes=4096, max_total_bytes=64 * 1024))
     live = []
-    while manager.used_bytes < 63 * 1024:
+    while manager.used_bytes <= 63 * 1024:
         live.append(manager.create_or_replace(str(len(live))))
-        fill(live[-1])
     with pytest.raises(MemoryBudgetError):
         manager.create_or_replace("one too many")
     assert manager.get("one too many") is None
     live.pop(0).finalize()
     manager.create_or_replace("now it fits")
     assert manager.get("0") is None
+
+
+def test_a_live_session_that_outgrows_the_budget_fails() -> None:
+    manager = StreamSessionManager(Config(max_session_bytes=4096, max_total_bytes=64 * 1024))
+    others = [manager.create_or_replace(str(number)) for number in range(62)]
+    session = manager.create_or_replace("grows")
+    with pytest.raises(MemoryBudgetError):
+        fill(session)
+    assert (session.state, session.snapshot().reason) == ("failed", "memory_budget")
+    assert b'"reason":"memory_budget"' in session.last_event()
+    assert all(other.is_live for other in others)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 from chromium import needs_chromium
+from fake_upstream import DONE, FakeUpstream, answer, stream, token
 from llama import LONG, wait_busy_slots
 from playwright.async_api import expect
 from process import Server
+from serving import serving
 
 if TYPE_CHECKING:
     from conftest import OpenChat, Scene
@@ -58,6 +60,27 @@ async def test_reloaded_after_the_end_it_shows_all_and_asks_for_nothing(
     await expect(chat.page.get_by_test_id("model")).not_to_have_text("…")
     assert not [line for line in scene.wire.requests[asked:] if "/v1/stream" in line]
     assert scene.gate.generations == 1
+
+
+async def test_reloaded_before_its_question_was_answered_it_asks_no_second_time(
+    open_chat: OpenChat,
+) -> None:
+    answering = asyncio.Event()
+    async with FakeUpstream() as upstream:
+        models = answer(200, {"data": [{"id": "scripted"}]})
+        upstream.play(models, (answering, *stream(token("once "), token("only"), DONE)))
+        async with serving(upstream=upstream.url) as server:
+            host, port = server.runner.addresses[0][:2]
+            chat = await open_chat(f"http://{host}:{port}")
+            await chat.ask()
+            await upstream.exchange(1)
+            await chat.page.reload()
+            await expect(chat.article).to_have_attribute("aria-busy", "true")
+            answering.set()
+            await chat.is_in("completed")
+            assert await chat.text() == "once only"
+            asked = [each for each in upstream.exchanges if each.method == "POST"]
+            assert len(asked) == 1
 
 
 async def test_reloaded_again_and_again_it_is_complete(scene: Scene, open_chat: OpenChat) -> None:
