@@ -177,18 +177,19 @@ class Upstream:
         Raises:
             ApiError: for every failure of the upstream.
         """
-        async with self.exchange("POST", route.path, headers, body) as answer:
-            if answer.content_type != "text/event-stream":
-                log.warning("upstream answered %r, not a stream", answer.content_type)
-                raise ApiError("upstream_not_sse")
-            begin()
-            try:
+        try:
+            async with self.exchange("POST", route.path, headers, body) as answer:
+                if answer.content_type != "text/event-stream":
+                    log.warning("upstream answered %r, not a stream", answer.content_type)
+                    raise ApiError("upstream_not_sse")
+                begin()
                 while block := await answer.read_block():
                     session.append(block)
-            except ApiError:
-                if not route.is_terminator(session.last_event()):
-                    raise
-                return None  # all was said; how the connection ended doesn't matter
+        except ApiError:
+            # Once all is said, how the connection ends doesn't matter.
+            if not route.is_terminator(session.last_event()):
+                raise
+            return None
         session.end_input()
         return None if route.is_terminator(session.last_event()) else "unterminated"
 

@@ -111,3 +111,12 @@ def test_the_embedding_example_survives_its_reader() -> None:
         read_on = f"curl -sN '{url}/llm/v1/stream/hello?from={event_id}' | head -n 2"
         rest = subprocess.run(read_on, shell=True, capture_output=True, text=True, check=False)
         assert rest.stdout.startswith("data: 2 bottles\nid: ")
+
+
+@pytest.mark.parametrize("target", ["/count/" + "x" * 300, "/count/%00", "/count/c?from=zzz"])
+def test_the_embedding_example_answers_bad_requests_in_the_usual_shape(target: str) -> None:
+    with Server([sys.executable, EXAMPLE, "0"], listening=r"Running on (http://\S+)") as server:
+        command = ["curl", "-s", "-X", "POST", "-w", "%{http_code}", server.url + target]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("400")
+    assert '"reason":"invalid_' in done.stdout

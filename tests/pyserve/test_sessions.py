@@ -528,3 +528,30 @@ def test_a_reader_that_was_overtaken_is_told(session: StreamSession) -> None:
         reader.read_ready()
     assert raised.value.reason == "offset_lost"
     assert raised.value.figures["first_offset"] == session.dropped_prefix
+
+
+def test_every_view_of_a_session_tells_its_errors_alike(manager: StreamSessionManager) -> None:
+    session = manager.create_or_replace("c", dialect="anthropic", tag=b"mine")
+    view = manager.get("c")
+    assert view is not None
+    assert (view.dialect, view.tag) == ("anthropic", b"mine")
+    view.finalize("failed")
+    assert session.last_event().startswith(b"event: error\n")
+
+
+def test_the_ending_of_another_session_is_no_ending_of_this_one(
+    manager: StreamSessionManager,
+) -> None:
+    mine, other = manager.create_or_replace("mine"), manager.create_or_replace("other")
+    other.cancel()
+    with pytest.raises(SessionEndedError), mine:
+        other.append_event("x")
+    assert mine.state == "failed"
+
+
+def test_a_ttl_may_be_for_ever(clock: _core.ManualClock) -> None:
+    manager = StreamSessionManager(Config(session_ttl_s=1e300), clock=clock)
+    session = manager.create_or_replace("c")
+    session.finalize()
+    clock.advance(1e6)
+    assert manager.get("c") == session

@@ -27,6 +27,18 @@ async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
         raise AssertionError(f"never happened: {what}") from None
 
 
+# What is said for a moment only would slip through a poll.
+RECORD = """
+    globalThis.said = [];
+    addEventListener("DOMContentLoaded", () => {
+      const status = document.getElementById("status");
+      new MutationObserver(() => said.push(status.textContent)).observe(status, {
+        childList: true,
+      });
+    });
+"""
+
+
 class Chat:
     """One tab with the page."""
 
@@ -46,6 +58,7 @@ class Chat:
     async def open(cls, context: BrowserContext, url: str, conversation_id: str = "") -> Self:
         """A new tab, at an address or at a conversation of it."""
         chat = cls(await context.new_page())
+        await chat.page.add_init_script(RECORD)
         fragment = f"#{URL.build(fragment=conversation_id).raw_fragment}"
         await chat.page.goto(url + (fragment if conversation_id else ""))
         await expect(chat.page.get_by_test_id("model")).not_to_have_text("…")
@@ -75,6 +88,11 @@ class Chat:
         """Wait until the status line has one of these states."""
         wanted = re.compile(f"^({'|'.join(states)})$")
         await expect(self.status_line).to_have_attribute("data-state", wanted)
+
+    async def said(self) -> list[str]:
+        """All that the status line has said since the page was loaded, in turn."""
+        said: list[str] = await self.page.evaluate("said")
+        return said
 
     async def text(self) -> str:
         """What is shown of the last answer, to the character."""
