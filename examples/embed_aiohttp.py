@@ -1,9 +1,9 @@
 """An aiohttp service of one's own, whose async generator becomes a resumable stream.
 
-    python examples/embed_aiohttp.py
-    curl -N -X POST http://127.0.0.1:8080/count/hello        interrupt it with Ctrl-C ...
-    curl -N 'http://127.0.0.1:8080/llm/v1/stream/hello'      ... it went on; read it from anywhere
-    curl -X DELETE http://127.0.0.1:8080/llm/v1/stream/hello     stop it
+python examples/embed_aiohttp.py
+curl -N -X POST http://127.0.0.1:8080/count/hello        interrupt it with Ctrl-C ...
+curl -N 'http://127.0.0.1:8080/llm/v1/stream/hello'      ... it went on; read it from anywhere
+curl -X DELETE http://127.0.0.1:8080/llm/v1/stream/hello     stop it
 """
 
 import asyncio
