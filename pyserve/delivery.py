@@ -129,6 +129,7 @@ async def stream_response(
         if request.method == hdrs.METH_HEAD or request.transport is None:
             return response
         async with Sender(request, response, session.manager) as sender:
+            await sender.begin()
             async for block in reader:
                 await sender.write(block)
         return response
@@ -147,6 +148,10 @@ def _nothing_to_come(session: StreamSession, position: Position, by_event_id: bo
         and position.offset is not None
         and now.last_event_end <= position.offset <= now.end_offset
     )
+
+
+# What ends a delivery without being anybody's fault here.
+_LOSSES = (ApiError, ConnectionError)
 
 
 class Sender:
@@ -177,12 +182,11 @@ class Sender:
         _bound_buffers(self._transport, self._config.send_buffer_bytes)
         self._readers.add(self._transport)
         self._look_at_progress()
-        try:
-            await self._response.prepare(self._request)
-        except BaseException as error:
-            await self.__aexit__(type(error), error, None)
-            raise
         return self
+
+    async def begin(self) -> None:
+        """Send the head."""
+        await self._response.prepare(self._request)
 
     async def write(self, block: bytes) -> None:
         """Send `block`; waits while much is unsent."""
@@ -192,20 +196,20 @@ class Sender:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> bool:
-        try:
-            if error is None:
+        if error is None:
+            try:
                 await self._finish()
-                return True
-        except (Exception, asyncio.CancelledError) as failed:
-            error = failed
-            raise
-        finally:
-            self._watch.cancel()
-            self._readers.remove(self._transport)
-            if error is not None:
-                reset_connection(self._transport)
+            except BaseException as failed:
+                error = failed
+        self._watch.cancel()
+        self._readers.remove(self._transport)
+        if error is None:
+            return False
+        reset_connection(self._transport)
         log.info("a reader was left: %r", error)
-        return isinstance(error, (ApiError, ConnectionError))
+        if kind is None and not isinstance(error, _LOSSES):
+            raise error
+        return isinstance(error, _LOSSES)
 
     async def _finish(self) -> None:
         """End the body. It is over only when the kernel has it all: what asyncio still holds would

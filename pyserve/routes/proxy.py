@@ -90,6 +90,7 @@ async def forward(
         if request.transport is None:
             return response  # the client left before the first byte
         async with Sender(request, response, context_of(request).manager) as sender:
+            await sender.begin()
             while block := await answer.read_block():
                 await sender.write(block)
         return response
