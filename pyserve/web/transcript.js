@@ -107,6 +107,7 @@ class MessageView {
 export class Transcript {
   #views = new Map();
   #atBottom = true;
+  #top = 0;
 
   /** @param {HTMLElement} root @param {HTMLElement} scroller */
   constructor(root, scroller) {
@@ -119,7 +120,10 @@ export class Transcript {
 
   #lookAtScroll() {
     const { scrollTop, scrollHeight, clientHeight } = this.scroller;
-    this.#atBottom = scrollHeight - scrollTop - clientHeight < 48;
+    const left = scrollHeight - scrollTop - clientHeight;
+    const up = scrollTop < this.#top && left > 1; // who begins to scroll up is let go at once
+    this.#top = scrollTop;
+    this.#atBottom = left < 48 && !up;
   }
 
   /** Stay at the end while that is where the reader is. */

@@ -123,8 +123,13 @@ async def test_a_reader_who_scrolled_up_is_left_there(open_chat: OpenChat) -> No
         await expect(chat.answer.locator("pre")).to_have_count(2)
         await scroller.hover()
         await chat.page.mouse.wheel(0, -10_000)
+
+        async def at_the_start() -> bool:
+            return await scroller.evaluate("(it) => it.scrollTop") == 0
+
+        await until(at_the_start, "the start of the text")  # wheels turn smoothly
         await expect(chat.answer.locator("pre")).to_have_count(3)
-        assert await scroller.evaluate("(it) => it.scrollTop") == 0
+        assert await at_the_start()
 
         async def at_the_end() -> bool:
             await chat.page.mouse.wheel(0, 10_000)
