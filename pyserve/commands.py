@@ -99,8 +99,13 @@ class _CommandFailedError(Exception):
         self.status = status
 
 
+def _clean(text: str) -> str:
+    """Without what would move the cursor, or worse: a terminal takes orders from what it shows."""
+    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
 def _say(text: str) -> None:
-    click.echo(f"pyserve: {text}", err=True)
+    click.echo(f"pyserve: {_clean(text)}", err=True)
 
 
 # --- arguments and options that they share
@@ -180,7 +185,7 @@ def _run(work: Awaitable[int], on_interrupt: Callable[[], None]) -> NoReturn:
         status = EXIT_DETACHED
     except (ClientError, _CommandFailedError) as error:
         failure = _explained(error) if isinstance(error, ClientError) else error
-        click.echo(f"Error: {failure}", err=True)
+        click.echo(f"Error: {_clean(str(failure))}", err=True)
         status = failure.status
     sys.exit(status)
 
@@ -237,7 +242,7 @@ class _Screen:
 
     def _write(self, text: str, *, dim: bool = False) -> None:
         if self._is_terminal:
-            text = _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
+            text = _clean(text)
         self._at_line_start = text.endswith("\n")
         self._out.write(click.style(text, dim=True) if dim else text)
 
@@ -281,6 +286,9 @@ async def _follow(client: Client, stream: EventStream, screen: _Screen) -> int:
     screen.end_line()
     if stream.state == "failed":
         screen.tell(f"the generation failed: {told_error or 'no message'} ({stream.reason})")
+        return EXIT_FAILED
+    if told_error:  # the upstream's own, in a stream that it then ended
+        screen.tell(f"the generation ended with an error: {told_error}")
         return EXIT_FAILED
     return _status(stream)
 

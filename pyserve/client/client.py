@@ -147,7 +147,7 @@ class Client:
         conversation_id = conversation_id or uuid.uuid4().hex
         opening = Request(
             "POST",
-            path,
+            "/" + path.lstrip("/"),
             conversation_id,
             headers={
                 "Content-Type": "application/json",

@@ -9,6 +9,9 @@ import { lexer } from "./vendor/marked/marked.esm.js";
 // shown as it is written, from the second figure on.
 const LONG_CHARS = 4000;
 const TOO_LONG_CHARS = 20_000;
+// marked descends a level for each quote or list within another: text that nests deeper than anyone
+// writes, enough to exhaust the stack, is shown as it is written.
+const TOO_DEEP = /^(?:[ \t]*>){40}|^[ \t]*(?:[*+-][ \t]+){40}/m;
 const SAFE_LINK = /^(https?|mailto):/i;
 const ENTITIES = { amp: "&", lt: "<", gt: ">", quot: '"', "#39": "'", nbsp: "\u00a0" };
 const INLINE = { strong: "strong", em: "em", del: "del" };
@@ -44,6 +47,16 @@ function table(token) {
 
 /** The headings that one of this depth stands under, and itself. */
 const under = (outline, depth) => [...outline.filter((one) => one < depth), depth];
+
+/** The tokens of a text; null if it can't be taken apart. */
+function lexed(source) {
+  if (TOO_DEEP.test(source)) return null;
+  try {
+    return lexer(source);
+  } catch {
+    return null;
+  }
+}
 
 /** What a token becomes; what isn't known here is shown as it was written. */
 function node(token) {
@@ -102,7 +115,8 @@ function finalPart(token) {
   }
   if (token.type !== "paragraph") return null;
   const raw = token.raw.slice(0, cutOf(token));
-  return raw ? { ...lexer(raw)[0], raw } : null;
+  const tokens = raw && lexed(raw);
+  return tokens ? { ...tokens[0], raw } : null;
 }
 
 /** A text that grows. `append` is cheap; the page changes once a frame at most. */
@@ -158,7 +172,11 @@ export class GrowingText {
   #add(text) {
     this.#source += text;
     if (this.#grows && !this.#addGrowing()) return;
-    const tokens = lexer(this.#source);
+    const tokens = lexed(this.#source);
+    if (!tokens) {
+      this.#grow("as-is", "", /\n[ \t]*\n/);
+      return this.#add("");
+    }
     let outline = this.#outline;
     for (const token of tokens)
       if (token.type === "heading") token.outline = outline = under(outline, token.depth);

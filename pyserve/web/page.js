@@ -232,8 +232,8 @@ async function stopAnswer() {
     again = 0;
     return showControls();
   }
-  if (!handle) return;
   say("Stopping …", "stopping");
+  if (!handle) return stop(conversation.id, { keep: true }).catch(() => {}); // another tab asks
   try {
     // Kept, so that a tab that is away just now finds the end, too.
     await handle.stop({ keep: true });
@@ -244,11 +244,16 @@ async function stopAnswer() {
 
 // --- conversations
 
-function open(id) {
-  if (id === conversation.id && conversation.messages.length) return;
+/** The conversation that is shown is about to be another one. */
+function leave() {
   clearTimeout(again);
   again = 0;
   if (isLive(lastOf(conversation))) save();
+}
+
+function open(id) {
+  if (id === conversation.id && conversation.messages.length) return;
+  leave();
   conversation = store.load(id) ?? blank(id);
   transcript.show(conversation, store.settings.plain);
   followLast();
@@ -271,7 +276,7 @@ async function followForeign(id) {
 function openNew() {
   history.pushState(null, "", location.pathname + location.search);
   handle?.close();
-  if (isLive(lastOf(conversation))) save();
+  leave();
   conversation = blank(newId());
   transcript.show(conversation, store.settings.plain);
   followLast();
@@ -415,6 +420,10 @@ function onOptions() {
 }
 
 function bind() {
+  document.querySelector(".skip").addEventListener("click", (event) => {
+    event.preventDefault(); // what stands behind # in the address is a conversation
+    $("prompt").focus();
+  });
   $("composer").addEventListener("submit", (event) => {
     event.preventDefault();
     submitPrompt();

@@ -385,7 +385,7 @@ class Stream {
 
   /** A 204: over, and without an event. @returns {Promise<Ending>} */
   async #lookUpEnding() {
-    const found = await this.client.lookup([this.conversationId]);
+    const found = await this.client.lookup([this.conversationId], { signal: this.#connection.signal });
     const mine = found.find((stream) => stream.conversation_id === this.conversationId);
     if (!mine) return { state: "gone", reason: "stream_not_found" };
     if (!mine.is_done) throw new Error("Replaced meanwhile");

@@ -69,6 +69,7 @@ export function describe(status, before) {
 export function describeEnding(message) {
   switch (message.state) {
     case "completed":
+      if (message.error) return `Ended with an error. ${explain(message.reason, message.error)}`;
       if (message.finish === "length") return "Complete: it reached the limit of tokens";
       return message.reason === "unterminated" ? "Complete, as far as the model's server told" : "Complete";
     case "cancelled":

@@ -314,3 +314,15 @@ async def test_a_closed_pipe_ends_it_quietly(server: Server) -> None:
     await until(ended)
     assert (piped.returncode, (await ending)[1]) == (1, b"")
     assert server.session("chat").is_live
+
+
+async def test_an_error_that_the_upstream_put_into_a_stream_it_ended_is_1(server: Server) -> None:
+    session = server.manager.create_or_replace("c")
+    session.append_event('{"choices":[{"delta":{"content":"partial"}}]}')
+    session.append_event('{"error":{"message":"slot \\u001b]0;x\\u0007failed"}}')
+    session.finalize()
+    async with run("attach", url_of(server), "c") as attached:
+        assert await attached.exit_status() == 1
+    assert attached.out.text == "partial"
+    error = "the generation ended with an error: slot \N{REPLACEMENT CHARACTER}]0;x"
+    assert attached.err.text == f"pyserve: {error}\N{REPLACEMENT CHARACTER}failed\n"

@@ -115,3 +115,12 @@ test("headings follow the page's own without leaving out a level, whatever they 
     assert.deepEqual(levels(text([1, 2, 3, 4, 5, 6]), step), ["h3", "h4", "h5", "h6", "h6", "h6"]);
   }
 });
+
+test("what nests deeper than anyone writes is shown as it is, and the text goes on", () => {
+  for (const nested of [">".repeat(5000), "> ".repeat(3000), "- ".repeat(3000) + "x", "*".repeat(9000)]) {
+    const target = grow(`Before.\n\n${nested}\n\nAfter.\n\n**bold**`, 50);
+    assert.match(target.html, /Before\./);
+    assert.match(target.html, /After\./);
+    assert.match(target.html, /<strong>bold<\/strong>/);
+  }
+});
