@@ -65,6 +65,7 @@ function node(token) {
     case "def":
       return [];
     case "heading":
+      if (!token.tokens.length) return [element("p", [token.raw])]; // its words are still to come
       // The page has h1 and h2; whether a model begins with # or ###, the next is h3.
       return [element(`h${Math.min(6, 2 + (token.outline?.length ?? token.depth))}`, nodes(token.tokens))];
     case "paragraph":
