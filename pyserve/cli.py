@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 
 from pyserve.app import create_app, drain
 from pyserve.commands import COMMANDS
@@ -95,6 +96,19 @@ def main() -> None:
     """LLM token streams that survive the reader."""
 
 
+class _BadRequestsInOneLine(logging.Filter):
+    """aiohttp logs a traceback for what its parser refuses: anyone could fill the log with them."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Keep the line, drop the traceback."""
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, HttpProcessingError):
+            record.exc_info = None
+            record.levelno, record.levelname = logging.INFO, "INFO"
+            record.msg = f"{record.msg}: {type(error).__name__}"
+        return True
+
+
 def _serve(verbose: bool, **values: Any) -> None:
     """Serve resumable streams in front of an LLM.
 
@@ -105,6 +119,7 @@ def _serve(verbose: bool, **values: Any) -> None:
         level=logging.DEBUG if verbose else logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    logging.getLogger("aiohttp.server").addFilter(_BadRequestsInOneLine())
     if not (values["upstream"] or values["model"] or values["demo"]):
         values["demo"] = True
     try:

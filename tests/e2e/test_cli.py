@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
@@ -187,3 +188,21 @@ def serving(llama: Server, *arguments: str) -> Server:
     """pyserve, for a test that stops it."""
     command = pyserve_command("serve", "--port", "0", "--upstream", llama.url, *arguments)
     return Server(command, environment())
+
+
+@pytest.mark.parametrize(
+    "request_text",
+    [
+        "GET / HTTP/1.1\r\nHost: x\r\nX-Conversation-Id: a\x01b\r\n\r\n",
+        "GET /ü HTTP/1.1\r\nHost: x\r\n\r\n",
+        "POST /v1/streams/lookup HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        "NONSENSE\r\n\r\n",
+    ],
+)
+def test_what_the_parser_refuses_is_400_and_one_line_of_log(request_text: str) -> None:
+    with pyserve("--demo") as server:
+        address = (urlsplit(server.url).hostname, urlsplit(server.url).port)
+        with socket.create_connection(address, timeout=10) as client:
+            client.sendall(request_text.encode())
+            assert client.recv(12)[-3:] == b"400"
+    assert "Traceback" not in server.output
