@@ -45,7 +45,7 @@ test-core: core-address core-thread ## native tests under ASan + UBSan, then und
 
 .PHONY: test-python
 test-python: .venv/.installed .venv/.dev $(NODE) ## Python tests, end to end included; ARGS="-k name" picks
-	.ci/need nginx -- true
+	.ci/need curl nginx -- true
 	.ci/need chromium -- true
 	pytest $(ARGS)
 
@@ -65,6 +65,7 @@ soak: test-core test-python ## the long counts: minutes become hours
 
 .PHONY: bench
 bench: .venv/.installed .venv/.dev ## bench/core_bench.cpp and every bench/*_bench.py
+	.ci/need benchmark
 	cmake -G Ninja -S . -B build/bench -DCMAKE_BUILD_TYPE=Release -DPYSERVE_NATIVE_BENCH=ON --log-level=WARNING
 	cmake --build build/bench
 	build/bench/core_bench
