@@ -9,10 +9,16 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <optional>
 #include <stdexcept>
+#include <system_error>
 
 #include "session_manager.hpp"
+#include "wakeup.hpp"
+#ifdef PYSERVE_SOCKET_PUMP
+#include "socket_pump.hpp"
+#endif
 
 namespace py = pybind11;
 
@@ -272,6 +278,47 @@ void bind_manager(py::module_& m) {
       .def_property_readonly("used_bytes", &Manager::used_bytes);
 }
 
+#ifdef PYSERVE_SOCKET_PUMP
+const char* outcome_name(DeliveryOutcome outcome) {
+  switch (outcome) {
+    case DeliveryOutcome::running: return "running";
+    case DeliveryOutcome::end: return "end";
+    case DeliveryOutcome::lost: return "lost";
+    case DeliveryOutcome::gone: return "gone";
+    case DeliveryOutcome::stalled: return "stalled";
+    case DeliveryOutcome::detached: return "detached";
+  }
+  throw std::logic_error("unknown outcome");
+}
+
+void bind_pump(py::module_& m) {
+  py::class_<Delivery, std::shared_ptr<Delivery>>(m, "Delivery")
+      .def_property_readonly("outcome", [](const Delivery& d) { return outcome_name(d.outcome()); })
+      .def_property_readonly("sent_bytes", &Delivery::sent_bytes);
+
+  py::class_<SocketPump>(m, "SocketPump")
+      .def(py::init([](double write_timeout_s, double coalesce_s) {
+             return std::make_unique<SocketPump>(nanos(write_timeout_s), nanos(coalesce_s));
+           }),
+           py::kw_only(), py::arg("write_timeout_s"), py::arg("coalesce_s"))
+      .def(
+          "attach",
+          [](SocketPump& pump, std::shared_ptr<StreamSession> session, uint64_t offset, int socket,
+             std::shared_ptr<Wakeup> done, uint64_t token) {
+            if (offset > unforked(*session).progress().end_offset) throw OffsetAheadError();
+            return unforked(pump).attach(std::move(session), offset, socket, std::move(done),
+                                         token);
+          },
+          py::arg("session"), py::arg("offset"), py::arg("socket"), py::arg("done"),
+          py::arg("token"))
+      .def(
+          "detach",
+          [](SocketPump& pump, const Delivery& delivery) { unforked(pump).detach(delivery); },
+          py::arg("delivery"))
+      .def("collect", [](SocketPump& pump) { unforked(pump).collect(); });
+}
+#endif
+
 }  // namespace
 }  // namespace pyserve
 
@@ -286,6 +333,15 @@ PYBIND11_MODULE(_core, m) {
   py::register_exception<EventUnfinishedError>(m, "EventUnfinishedError", PyExc_RuntimeError);
   py::register_exception<OffsetLostError>(m, "OffsetLostError", PyExc_RuntimeError);
   py::register_exception<OffsetAheadError>(m, "OffsetAheadError", PyExc_RuntimeError);
+
+  py::register_exception_translator([](std::exception_ptr thrown) {
+    try {
+      if (thrown) std::rethrow_exception(thrown);
+    } catch (const std::system_error& error) {
+      errno = error.code().value();
+      PyErr_SetFromErrno(PyExc_OSError);
+    }
+  });
 
   py::class_<Clock, std::shared_ptr<Clock>>(m, "Clock");
   py::class_<SystemClock, Clock, std::shared_ptr<SystemClock>>(m, "SystemClock").def(py::init<>());
@@ -303,4 +359,7 @@ PYBIND11_MODULE(_core, m) {
 
   bind_session(m);
   bind_manager(m);
+#ifdef PYSERVE_SOCKET_PUMP
+  bind_pump(m);
+#endif
 }

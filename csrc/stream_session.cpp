@@ -262,23 +262,31 @@ ReadResult StreamSession::read(uint64_t offset, size_t max_bytes) const {
   return {is_live(state_) ? ReadStatus::wait : ReadStatus::end, {}};
 }
 
-bool StreamSession::notify_when_readable(uint64_t offset, const std::shared_ptr<Wakeup>& wakeup,
+bool StreamSession::notify_when_readable(uint64_t offset,
+                                         const std::shared_ptr<NewsListener>& listener,
                                          uint64_t token) {
   const std::lock_guard lock(mutex_);
   if (offset != ring_.end_offset() || !is_live(state_)) return false;
-  waiters_.push_back({wakeup, token});
+  waiters_.push_back({listener, token});
   return true;
 }
 
-void StreamSession::forget(const Wakeup& wakeup, uint64_t token) {
+void StreamSession::forget(const NewsListener& listener, uint64_t token) {
   const std::lock_guard lock(mutex_);
-  const auto same = [&](const Waiter& w) { return w.wakeup.get() == &wakeup && w.token == token; };
+  const auto same = [&](const Waiter& w) {
+    return w.listener.get() == &listener && w.token == token;
+  };
   waiters_.erase(std::remove_if(waiters_.begin(), waiters_.end(), same), waiters_.end());
 }
 
 void StreamSession::wake_readers() {
-  for (const Waiter& waiter : waiters_) waiter.wakeup->notify(waiter.token);
+  for (const Waiter& waiter : waiters_) waiter.listener->notify(waiter.token);
   waiters_.clear();
+}
+
+SessionProgress StreamSession::progress() const {
+  const std::lock_guard lock(mutex_);
+  return {ring_.end_offset(), is_live(state_)};
 }
 
 SessionSnapshot StreamSession::snapshot() const {
@@ -335,12 +343,13 @@ ReadResult SessionReader::read(size_t max_bytes) {
   return result;
 }
 
-bool SessionReader::notify_when_readable(const std::shared_ptr<Wakeup>& wakeup, uint64_t token) {
-  return session_ && session_->notify_when_readable(offset_, wakeup, token);
+bool SessionReader::notify_when_readable(const std::shared_ptr<NewsListener>& listener,
+                                         uint64_t token) {
+  return session_ && session_->notify_when_readable(offset_, listener, token);
 }
 
-void SessionReader::forget(const Wakeup& wakeup, uint64_t token) {
-  if (session_) session_->forget(wakeup, token);
+void SessionReader::forget(const NewsListener& listener, uint64_t token) {
+  if (session_) session_->forget(listener, token);
 }
 
 }  // namespace pyserve

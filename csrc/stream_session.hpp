@@ -20,8 +20,8 @@
 #include "byte_ring.hpp"
 #include "clock.hpp"
 #include "fork_guard.hpp"
+#include "news_listener.hpp"
 #include "sse_framer.hpp"
-#include "wakeup.hpp"
 
 namespace pyserve {
 
@@ -48,6 +48,12 @@ enum class ReadStatus {
 struct ReadResult {
   ReadStatus status;
   Piece piece;
+};
+
+// How far a session has come.
+struct SessionProgress {
+  uint64_t end_offset;
+  bool is_live;
 };
 
 struct SessionKey {
@@ -130,9 +136,11 @@ class StreamSession : public std::enable_shared_from_this<StreamSession> {
   ReadResult read(uint64_t offset, size_t max_bytes) const;
   // Asks for one notify(token) as soon as read(offset) would not answer `wait`. False (and nothing
   // asked) when that is so already.
-  bool notify_when_readable(uint64_t offset, const std::shared_ptr<Wakeup>& wakeup, uint64_t token);
-  void forget(const Wakeup& wakeup, uint64_t token);
+  bool notify_when_readable(uint64_t offset, const std::shared_ptr<NewsListener>& listener,
+                            uint64_t token);
+  void forget(const NewsListener& listener, uint64_t token);
 
+  SessionProgress progress() const;
   SessionSnapshot snapshot() const;
 
   // --- the manager's side
@@ -148,7 +156,7 @@ class StreamSession : public std::enable_shared_from_this<StreamSession> {
 
  private:
   struct Waiter {
-    std::shared_ptr<Wakeup> wakeup;
+    std::shared_ptr<NewsListener> listener;
     uint64_t token;
   };
 
@@ -205,8 +213,8 @@ class SessionReader {
 
   // As StreamSession::read at this place; moves on by what it returns.
   ReadResult read(size_t max_bytes);
-  bool notify_when_readable(const std::shared_ptr<Wakeup>& wakeup, uint64_t token);
-  void forget(const Wakeup& wakeup, uint64_t token);
+  bool notify_when_readable(const std::shared_ptr<NewsListener>& listener, uint64_t token);
+  void forget(const NewsListener& listener, uint64_t token);
   uint64_t offset() const { return offset_; }
   // Ends the reading early; further reads answer `end`.
   void detach();

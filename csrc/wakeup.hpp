@@ -9,14 +9,15 @@
 #include <vector>
 
 #include "fork_guard.hpp"
+#include "news_listener.hpp"
 
 namespace pyserve {
 
-class Wakeup {
+class Wakeup final : public NewsListener {
  public:
   // Throws std::system_error when no descriptor is left.
   Wakeup();
-  ~Wakeup();
+  ~Wakeup() override;
   Wakeup(const Wakeup&) = delete;
   Wakeup& operator=(const Wakeup&) = delete;
 
@@ -24,7 +25,7 @@ class Wakeup {
   int fd() const { return read_fd_; }
 
   // Any thread may call it, under any other lock: this lock is innermost and never waits for I/O.
-  void notify(uint64_t token);
+  void notify(uint64_t token) override;
 
   // The loop's thread: the tokens since the last call, in the order of their news.
   std::vector<uint64_t> drain();

@@ -14,7 +14,6 @@ import orjson
 from aiohttp import web
 
 from pyserve.config import Config
-from pyserve.delivery import open_readers
 from pyserve.errors import ApiError, ConfigError, MemoryBudgetError
 from pyserve.producers.demo import demo_server
 from pyserve.producers.generation import Generations
@@ -27,6 +26,7 @@ from pyserve.routes.page import add_client_routes, add_page_routes
 from pyserve.routes.proxy import add_proxy_routes
 from pyserve.routes.streams import add_stream_routes
 from pyserve.routes.upstream_page import add_upstream_page_routes
+from pyserve.sender import deliveries_of
 from pyserve.sessions import StreamSessionManager
 
 log = logging.getLogger("pyserve")
@@ -106,6 +106,7 @@ async def _running_parts(context: Context, on_load_progress: Progress) -> AsyncI
             await upstream.open()
             stack.push_async_callback(upstream.close)
             context.upstream = upstream
+        stack.callback(deliveries_of(context.manager).close)
         ticking = asyncio.create_task(context.manager.run(), name="pyserve heartbeats")
         try:
             yield
@@ -158,7 +159,7 @@ async def _end_streams(context: Context) -> None:
     context.draining = True
     context.generations.fail_all(ApiError("shutdown"))
     context.manager.fail_live(ApiError("shutdown"))
-    await open_readers(context.manager).drain(SHUTDOWN_DRAIN_S)
+    await deliveries_of(context.manager).drain(SHUTDOWN_DRAIN_S)
 
 
 async def _name_request(request: web.Request, response: web.StreamResponse) -> None:

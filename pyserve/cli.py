@@ -85,7 +85,7 @@ def _option(setting: Setting) -> click.Option:
         keywords |= {"type": click.Path(path_type=Path), "metavar": "FILE"}
     else:
         keywords |= {"type": setting.type}
-    if setting.unit in ("seconds", "tokens"):
+    if setting.unit in ("seconds", "milliseconds", "tokens"):
         keywords |= {"metavar": setting.unit.upper()}
     return click.Option([setting.option, setting.name], **keywords)
 

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from pyserve.errors import ConfigError
 
-Unit = Literal["", "seconds", "bytes", "tokens"]
+Unit = Literal["", "seconds", "milliseconds", "bytes", "tokens"]
 Ui = Literal["pyserve", "upstream"]
 
 KIB = 1024
@@ -107,6 +107,12 @@ class Config:
     write_timeout_s: float = _setting(
         30.0, "A reader that takes nothing for this long is disconnected.", minimum=0.01
     )
+    coalesce_ms: float = _setting(
+        0.0,
+        "Least time between two sends of one stream, for fewer packets; 0 sends each event at once"
+        " while there is room.",
+        minimum=0.0,
+    )
     send_buffer_bytes: int = _setting(
         128 * KIB,
         "Kernel send buffer of a reader; without a bound one that stalls holds about 4 MB.",
@@ -171,14 +177,14 @@ class Setting:
     @property
     def unit(self) -> Unit:
         """The unit, which is also the end of the name."""
-        for suffix, unit in (("_s", "seconds"), ("_bytes", "bytes"), ("_tokens", "tokens")):
+        for suffix, unit in _UNITS.items():
             if self.name.endswith(suffix):
-                return unit  # type: ignore[return-value]
+                return unit
         return ""
 
     @property
     def option(self) -> str:
-        """The command line option; its help names the unit of time."""
+        """The command line option; seconds are named by its help only."""
         return "--" + self.name.removesuffix("_s").replace("_", "-")
 
     @property
@@ -198,6 +204,13 @@ class Setting:
         if not self.minimum <= value < float("inf"):
             raise ConfigError(f"{self.name} is {value}, the smallest is {self.minimum:g}")
 
+
+_UNITS: dict[str, Unit] = {
+    "_s": "seconds",
+    "_ms": "milliseconds",
+    "_bytes": "bytes",
+    "_tokens": "tokens",
+}
 
 _BASE_TYPES: dict[str, type] = {
     "str": str,
@@ -242,6 +255,8 @@ def settings_table() -> str:
             default = format_size(setting.default)
         elif setting.unit == "seconds":
             default = f"{setting.default:g} s"
+        elif setting.unit == "milliseconds":
+            default = f"{setting.default:g} ms"
         lines.append(
             f"| `{setting.option}` | `{setting.environment_variable}` | {default} |"
             f" {setting.description} |"

@@ -59,7 +59,7 @@ class SessionReader:
     """
 
     def __init__(self, session: StreamSession, core_reader: _core.SessionReader) -> None:
-        self._session = session
+        self.session = session
         self._core_reader = core_reader
 
     @property
@@ -87,7 +87,17 @@ class SessionReader:
         try:
             return self._core_reader.read(READ_BYTES)
         except _core.OffsetLostError:
-            raise self._session.offset_error("offset_lost") from None
+            raise self.session.offset_error("offset_lost") from None
+
+    def hand_over(
+        self, pump: _core.SocketPump, socket: int, done: _core.Wakeup, token: int
+    ) -> _core.Delivery:
+        """Let `pump` send the rest to `socket`. This reader stays where it is, and counted.
+
+        Raises:
+            OSError: no descriptor is left.
+        """
+        return pump.attach(self.session._core, self.offset, socket, done, token)
 
     def close(self) -> None:
         """Stop reading. Closing twice does nothing."""

@@ -16,29 +16,39 @@ class LoopWaker:
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._wakeup = _core.Wakeup()
+        self.wakeup = _core.Wakeup()
         self._tokens = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[None]] = {}
-        loop.add_reader(self._wakeup.fd, self._on_ready)
+        loop.add_reader(self.wakeup.fd, self._on_ready)
 
     def _on_ready(self) -> None:
-        for token in self._wakeup.drain():
-            future = self._waiting.get(token)
+        for token in self.wakeup.drain():
+            future = self._waiting.pop(token, None)
             if future is not None and not future.done():
                 future.set_result(None)
 
+    def expect(self) -> tuple[int, asyncio.Future[None]]:
+        """A token, and the future that is done when the core notifies the wake-up with it."""
+        token = next(self._tokens)
+        future = self._waiting[token] = asyncio.get_running_loop().create_future()
+        return token, future
+
+    def forget(self, token: int) -> None:
+        """The token will not come, or matters to nobody."""
+        self._waiting.pop(token, None)
+
     async def wait_readable(self, reader: _core.SessionReader) -> None:
         """Return when `reader` has news: bytes, the end, or a loss."""
-        token = next(self._tokens)
-        if not reader.notify_when_readable(self._wakeup, token):
+        token, future = self.expect()
+        if not reader.notify_when_readable(self.wakeup, token):
+            self.forget(token)
             return
-        future = self._waiting[token] = asyncio.get_running_loop().create_future()
         try:
             await future
-        finally:
-            del self._waiting[token]
-            if not future.done() or future.cancelled():
-                reader.forget(self._wakeup, token)
+        except BaseException:
+            reader.forget(self.wakeup, token)
+            self.forget(token)
+            raise
 
 
 _wakers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopWaker] = (

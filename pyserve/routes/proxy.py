@@ -10,10 +10,10 @@ from contextlib import asynccontextmanager
 
 from aiohttp import hdrs, web
 
-from pyserve.delivery import Sender
 from pyserve.producers.upstream import Upstream
 from pyserve.requests import read_body
 from pyserve.routes.context import context_of
+from pyserve.sender import Sender
 
 #: Read-only and stateless routes of llama.cpp. What changes the upstream is not here.
 GET_ROUTES = ["/props", "/slots", "/v1/models", "/models", "/lora-adapters"]

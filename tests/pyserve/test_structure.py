@@ -20,7 +20,7 @@ FLOORS = [
     {"errors"},
     {"config", "positions", "wakeups"},
     {"sessions", "client"},
-    {"requests"},
+    {"requests", "sender"},
     {"producers", "delivery"},
     {"routes"},
     {"app"},

@@ -8,11 +8,23 @@ import pytest
 from fake_upstream import FakeUpstream
 from serving import Serve, Server, serving
 
+from pyserve import _core
+
 
 @pytest.fixture
 async def upstream() -> AsyncIterator[FakeUpstream]:
     async with FakeUpstream() as fake:
         yield fake
+
+
+@pytest.fixture(params=["pump", "python"])
+def delivery_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """By whom a log's bytes are sent: a module that uses this runs twice."""
+    if request.param == "python":
+        monkeypatch.delattr(_core, "SocketPump", raising=False)
+    elif not hasattr(_core, "SocketPump"):
+        pytest.skip("there is no pump on this platform")
+    return request.param
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from serving import Connection, Response, Serve, Server, request_bytes, texts_of
 
 import pyserve
 
+pytestmark = pytest.mark.usefixtures("delivery_path")
+
 READ = "/v1/stream/c"
 
 

@@ -13,6 +13,8 @@ from serving import Response, Server, serving, texts_of
 import pyserve
 from pyserve.app import create_app, setup
 
+pytestmark = pytest.mark.usefixtures("delivery_path")
+
 Embed = Callable[..., Awaitable[Server]]
 
 

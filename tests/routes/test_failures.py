@@ -21,6 +21,8 @@ from fake_upstream import (
 )
 from serving import Response, Serve, Server, events_of, texts_of
 
+pytestmark = pytest.mark.usefixtures("delivery_path")
+
 WAYS = {"kept": {"X-Conversation-Id": "c"}, "strict proxy": {}}
 
 

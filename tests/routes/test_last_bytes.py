@@ -8,6 +8,8 @@ from serving import Connection, Serve, Server, request_bytes, texts_of, until
 
 import pyserve.app
 
+pytestmark = pytest.mark.usefixtures("delivery_path")
+
 EVENT = "x" * 1000
 
 

@@ -8,6 +8,8 @@ from serving import Serve, Server, events_of, texts_of
 
 import pyserve
 
+pytestmark = pytest.mark.usefixtures("delivery_path")
+
 
 def finished(server: Server, *texts: str, conversation_id: str = "c") -> pyserve.StreamSession:
     """A session that is over, with these events."""

@@ -10,6 +10,8 @@ from serving import Connection, Response, Server, events_of, request_bytes, text
 import pyserve.app
 from pyserve.app import drain
 
+pytestmark = pytest.mark.usefixtures("delivery_path")
+
 SHUTDOWN = {
     "code": 503,
     "type": "overloaded_error",

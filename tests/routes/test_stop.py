@@ -7,6 +7,8 @@ import pytest
 from fake_upstream import DONE, SSE_HEAD, STALL, FakeUpstream, chunk, stream, token
 from serving import Response, Serve, Server, texts_of, until
 
+pytestmark = pytest.mark.usefixtures("delivery_path")
+
 STOP = "/v1/stream/c"
 
 

@@ -1,0 +1,47 @@
+#include "wire_frame.hpp"
+
+#include <algorithm>
+#include <charconv>
+#include <string_view>
+#include <utility>
+
+namespace pyserve {
+namespace {
+
+constexpr std::string_view kLineEnd = "\r\n";
+
+}  // namespace
+
+WireFrame::WireFrame(uint64_t offset, Piece body)
+    : offset_(offset), body_bytes_(body.bytes.size()) {
+  std::array<char, 16> hex;
+  const auto hex_end = std::to_chars(hex.begin(), hex.end(), body_bytes_, 16).ptr;
+  head_.append(hex.begin(), hex_end).append(kLineEnd);
+  if (body_bytes_ < kCopyBelowBytes) {
+    head_.append(body.bytes).append(kLineEnd);
+  } else {
+    body_ = std::move(body);
+  }
+}
+
+size_t WireFrame::size_bytes() const {
+  return head_.size() + (body_.bytes.empty() ? 0 : body_.bytes.size() + kLineEnd.size());
+}
+
+size_t WireFrame::spans_after(size_t sent_bytes, std::array<iovec, 3>& spans) const {
+  size_t count = 0;
+  const auto add = [&](std::string_view part) {
+    const size_t skipped = std::min(sent_bytes, part.size());
+    sent_bytes -= skipped;
+    part.remove_prefix(skipped);
+    if (!part.empty()) spans[count++] = {const_cast<char*>(part.data()), part.size()};
+  };
+  add(head_);
+  if (!body_.bytes.empty()) {
+    add(body_.bytes);
+    add(kLineEnd);
+  }
+  return count;
+}
+
+}  // namespace pyserve
