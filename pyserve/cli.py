@@ -21,6 +21,7 @@ from pyserve.app import create_app, drain
 from pyserve.commands import COMMANDS
 from pyserve.config import GIB, KIB, MIB, Config, Setting, format_size, settings
 from pyserve.errors import ConfigError, MissingExtraError
+from pyserve.process import fastest_loop, raise_descriptor_limit
 
 log = logging.getLogger("pyserve")
 
@@ -122,8 +123,10 @@ def _serve(verbose: bool, **values: Any) -> None:
     logging.getLogger("aiohttp.server").addFilter(_BadRequestsInOneLine())
     if not (values["upstream"] or values["model"] or values["demo"]):
         values["demo"] = True
+    raise_descriptor_limit()
     try:
-        asyncio.run(_run(Config(**values)))
+        with asyncio.Runner(loop_factory=fastest_loop()) as runner:
+            runner.run(_run(Config(**values)))
     except (ConfigError, MissingExtraError) as error:
         raise click.ClickException(str(error)) from error
 

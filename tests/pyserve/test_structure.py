@@ -18,7 +18,7 @@ PACKAGE = ROOT / "pyserve"
 FLOORS = [
     {"_core"},
     {"errors"},
-    {"config", "positions", "wakeups"},
+    {"config", "positions", "process", "wakeups"},
     {"sessions", "client"},
     {"requests", "sender"},
     {"producers", "delivery"},
