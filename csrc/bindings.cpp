@@ -169,6 +169,10 @@ void bind_session(py::module_& m) {
       .def_readonly("last_event_end", &SessionSnapshot::last_event_end)
       .def_readonly("pending_bytes", &SessionSnapshot::pending_bytes)
       .def_readonly("readers", &SessionSnapshot::readers)
+      .def_property_readonly("unread_s",
+                             [](const SessionSnapshot& s) {
+                               return static_cast<double>(s.unread_ns) / kNanosPerSecond;
+                             })
       .def_property_readonly("started_at",
                              [](const SessionSnapshot& s) { return seconds(s.started_unix_ms); })
       .def_property_readonly("completed_at",
@@ -198,6 +202,12 @@ void bind_session(py::module_& m) {
             raise_unless_ok(unforked(s).append_event(data, event));
           },
           py::arg("data"), py::arg("event") = "")
+      .def(
+          "announce",
+          [](StreamSession& s, std::string_view data, std::string_view event) {
+            raise_unless_ok(unforked(s).announce(data, event));
+          },
+          py::arg("data"), py::arg("event") = "")
       .def("end_input",
            [](StreamSession& s) {
              const AppendStatus status = unforked(s).end_input();
@@ -212,8 +222,10 @@ void bind_session(py::module_& m) {
           py::arg("state"), py::arg("reason") = "", py::arg("last_events") = py::bytes())
       .def(
           "cancel",
-          [](StreamSession& s, std::string_view reason) { return unforked(s).cancel(reason); },
-          py::arg("reason") = "cancelled")
+          [](StreamSession& s, std::string_view reason, std::string_view last_events) {
+            return unforked(s).cancel(reason, last_events);
+          },
+          py::arg("reason") = "cancelled", py::arg("last_events") = py::bytes())
       .def(
           "attach",
           [](std::shared_ptr<StreamSession> s, uint64_t offset) {
@@ -255,6 +267,12 @@ void bind_manager(py::module_& m) {
           },
           py::arg("owner"), py::arg("conversation_id"))
       .def(
+          "newest",
+          [](Manager& m, std::string owner, std::string id) {
+            return unforked(m).newest({std::move(owner), std::move(id)});
+          },
+          py::arg("owner"), py::arg("conversation_id"))
+      .def(
           "lookup",
           [](Manager& m, const std::string& owner, const std::vector<std::string>& ids) {
             return unforked(m).lookup(owner, ids);
@@ -264,12 +282,6 @@ void bind_manager(py::module_& m) {
           "evict",
           [](Manager& m, std::string owner, std::string id, std::string_view epoch) {
             return unforked(m).evict({std::move(owner), std::move(id)}, epoch);
-          },
-          py::arg("owner"), py::arg("conversation_id"), py::arg("epoch") = "")
-      .def(
-          "evict_and_cancel",
-          [](Manager& m, std::string owner, std::string id, std::string_view epoch) {
-            return unforked(m).evict_and_cancel({std::move(owner), std::move(id)}, epoch);
           },
           py::arg("owner"), py::arg("conversation_id"), py::arg("epoch") = "")
       .def("tick", &tick)

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <iterator>
 #include <unordered_set>
 #include <utility>
 
@@ -22,6 +23,15 @@ std::string next_epoch(int64_t unix_ms) {
   }
   std::reverse(digits.begin(), digits.end());
   return digits;
+}
+
+// Numbers without leading zeros.
+bool is_younger(const std::string& epoch, const std::string& than) {
+  return epoch.size() != than.size() ? epoch.size() > than.size() : epoch > than;
+}
+
+bool has_prefix(const SessionKey& key, const std::string& owner, const std::string& prefix) {
+  return key.owner == owner && key.conversation_id.compare(0, prefix.size(), prefix) == 0;
 }
 
 }  // namespace
@@ -76,15 +86,28 @@ std::vector<StreamSessionManager::SessionPtr> StreamSessionManager::lookup(
     if (const auto at = sessions_.find({owner, id}); at != sessions_.end()) {
       add(at->second.session);
     }
-    const std::string prefix = id + "::";
-    for (auto at = sessions_.lower_bound({owner, prefix});
-         at != sessions_.end() && at->first.owner == owner &&
-         at->first.conversation_id.compare(0, prefix.size(), prefix) == 0;
-         ++at) {
-      add(at->second.session);
+    for (const std::string& prefix : {id + kSubkeySeparator, id + "::"}) {
+      for (auto at = sessions_.lower_bound({owner, prefix});
+           at != sessions_.end() && has_prefix(at->first, owner, prefix); ++at) {
+        add(at->second.session);
+      }
     }
   }
   return found;
+}
+
+StreamSessionManager::SessionPtr StreamSessionManager::newest(const SessionKey& key) {
+  const std::lock_guard lock(mutex_);
+  collect_expired(clock_->steady_ns());
+  SessionPtr found;
+  if (const auto at = sessions_.find(key); at != sessions_.end()) found = at->second.session;
+  const std::string prefix = key.conversation_id + kSubkeySeparator;
+  const std::string behind = key.conversation_id + static_cast<char>(kSubkeySeparator + 1);
+  const auto at = sessions_.lower_bound({key.owner, behind});
+  if (at == sessions_.begin()) return found;
+  const auto& [last_key, last] = *std::prev(at);
+  if (!has_prefix(last_key, key.owner, prefix)) return found;
+  return found && is_younger(found->epoch(), last.session->epoch()) ? found : last.session;
 }
 
 StreamSessionManager::SessionPtr StreamSessionManager::evict(const SessionKey& key,

@@ -49,7 +49,11 @@ class StreamSessionManager final : public SessionObserver,
   // The session under this key unless its TTL has passed, else nullptr. O(log sessions).
   SessionPtr get(const SessionKey& key);
 
-  // For each id X in turn: X, then everything that begins with `X::`; each session once.
+  // The youngest of the conversation's own session and the last one of its subkeys, else nullptr.
+  // O(log sessions).
+  SessionPtr newest(const SessionKey& key);
+
+  // For each id X in turn: X and its subkeys, then all that begins with `X::`; each session once.
   // O(ids × log sessions + found).
   std::vector<SessionPtr> lookup(const std::string& owner,
                                  const std::vector<std::string>& conversation_ids);

@@ -46,7 +46,8 @@ StreamSession::StreamSession(SessionKey key, SessionOptions options,
       started_unix_ms_(clock_->unix_ms()),
       ring_(pool_),
       framer_(epoch_, options.max_session_bytes),
-      last_append_ns_(clock_->steady_ns()),
+      last_read_ns_(clock_->steady_ns()),
+      last_append_ns_(last_read_ns_),
       on_cancel_(std::move(options.on_cancel)),
       on_end_(std::move(options.on_end)) {
   pool_->charge(kOverheadBytes);
@@ -68,12 +69,22 @@ AppendStatus StreamSession::append(std::string_view sse) {
   {
     const std::lock_guard lock(mutex_);
     if (!is_live(state_)) return AppendStatus::ended;
+    state_ = State::streaming;
     whole = feed(sse);
   }
   return settle_append(whole);
 }
 
 AppendStatus StreamSession::append_event(std::string_view data, std::string_view event_name) {
+  start();
+  return feed_event(data, event_name);
+}
+
+AppendStatus StreamSession::announce(std::string_view data, std::string_view event_name) {
+  return feed_event(data, event_name);
+}
+
+AppendStatus StreamSession::feed_event(std::string_view data, std::string_view event_name) {
   const std::string text = format_event(data, event_name);
   bool whole;
   {
@@ -106,7 +117,6 @@ bool StreamSession::publish_pending() {
 
 // False when an event is larger than the log may be.
 bool StreamSession::feed(std::string_view input) {
-  state_ = State::streaming;
   const uint64_t end_before = ring_.end_offset();
   SseFramer::Status status;
   while ((status = framer_.consume(input, ring_.end_offset())) == SseFramer::Status::event) {
@@ -154,10 +164,10 @@ bool StreamSession::finalize(State state, std::string_view reason, std::string_v
   return true;
 }
 
-bool StreamSession::cancel(std::string_view reason) {
+bool StreamSession::cancel(std::string_view reason, std::string_view last_events) {
   {
     const std::lock_guard lock(mutex_);
-    if (!end(State::cancelled, reason, {})) return false;
+    if (!end(State::cancelled, reason, last_events)) return false;
   }
   after_end(true);
   return true;
@@ -251,7 +261,7 @@ void StreamSession::attach_reader() {
 
 void StreamSession::detach_reader() {
   const std::lock_guard lock(mutex_);
-  --readers_;
+  if (--readers_ == 0) last_read_ns_ = clock_->steady_ns();
 }
 
 ReadResult StreamSession::read(uint64_t offset, size_t max_bytes) const {
@@ -299,6 +309,7 @@ SessionSnapshot StreamSession::snapshot() const {
           last_event_end_,
           framer_.pending_bytes(),
           readers_,
+          readers_ > 0 ? 0 : clock_->steady_ns() - last_read_ns_,
           started_unix_ms_,
           ended_unix_ms_};
 }

@@ -56,6 +56,10 @@ struct SessionProgress {
   bool is_live;
 };
 
+// Stands in a key between a conversation and one of the further sessions it may hold beside its
+// own: `X`, then `X` kSubkeySeparator `a`, in the order of these subkeys.
+constexpr char kSubkeySeparator = '\x1f';
+
 struct SessionKey {
   std::string owner;
   std::string conversation_id;
@@ -82,6 +86,7 @@ struct SessionSnapshot {
   uint64_t last_event_end;
   uint64_t pending_bytes;  // of an event that is not whole yet, not in the log
   uint64_t readers;
+  int64_t unread_ns;  // since its last reader left, or since the start; 0 while it has readers
   int64_t started_unix_ms;
   int64_t ended_unix_ms;  // 0 while live
 };
@@ -118,6 +123,8 @@ class StreamSession : public std::enable_shared_from_this<StreamSession> {
   // One event of `data` (each of its lines becomes a data line) and an optional name, which must
   // not hold a line end. `event_unfinished` in the middle of an event begun by append().
   AppendStatus append_event(std::string_view data, std::string_view event_name);
+  // As append_event(), for what is told before the generation runs: queued stays queued.
+  AppendStatus announce(std::string_view data, std::string_view event_name);
   // The upstream has no more: publishes an event that lacks only its blank line, drops one that
   // broke off.
   AppendStatus end_input();
@@ -126,8 +133,9 @@ class StreamSession : public std::enable_shared_from_this<StreamSession> {
   // appended first, whole SSE events.
   // False when it had ended before.
   bool finalize(State state, std::string_view reason, std::string_view last_events = {});
-  // Ends the session and calls its on_cancel hook. False when it had ended before.
-  bool cancel(std::string_view reason = {});
+  // Ends the session as finalize() does, drops an event that is not whole, and calls its on_cancel
+  // hook. False when it had ended before.
+  bool cancel(std::string_view reason = {}, std::string_view last_events = {});
 
   // --- the readers' side
 
@@ -172,6 +180,7 @@ class StreamSession : public std::enable_shared_from_this<StreamSession> {
   bool end(State state, std::string_view reason, std::string_view last_events);
 
   void after_end(bool cancelled);
+  AppendStatus feed_event(std::string_view data, std::string_view event_name);
   AppendStatus settle_append(bool whole);
 
   const SessionKey key_;
@@ -194,6 +203,7 @@ class StreamSession : public std::enable_shared_from_this<StreamSession> {
   uint64_t last_event_start_ = 0;
   uint64_t last_event_end_ = 0;
   uint64_t readers_ = 0;
+  int64_t last_read_ns_;  // when the last reader left
   std::vector<Waiter> waiters_;
   int64_t last_append_ns_;
   int64_t ended_ns_ = 0;

@@ -14,6 +14,8 @@ from pyserve.errors import (
     PyserveError,
     SessionEndedError,
 )
+from pyserve.inference_server import InferenceServer
+from pyserve.model_config import ModelConfig
 from pyserve.positions import EARLIEST, START, Position
 from pyserve.sessions import SessionReader, StreamSession, StreamSessionManager
 
@@ -26,8 +28,10 @@ __all__ = [
     "EventTooLargeError",
     "EventUnfinishedError",
     "ForkedProcessError",
+    "InferenceServer",
     "MemoryBudgetError",
     "MissingExtraError",
+    "ModelConfig",
     "Position",
     "PyserveError",
     "SessionEndedError",

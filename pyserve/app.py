@@ -7,25 +7,31 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import orjson
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
-from pyserve.config import Config
+from pyserve.config import NO_PAGE, Config
 from pyserve.errors import ApiError, ConfigError, MemoryBudgetError
-from pyserve.producers.demo import demo_server
+from pyserve.jobs.registry import JobRegistry
+from pyserve.model_config import ModelConfig
+from pyserve.producers.demo import MODEL as DEMO_MODEL
 from pyserve.producers.generation import Generations
-from pyserve.producers.local import local_model
-from pyserve.producers.upstream import Upstream
+from pyserve.producers.sources import read_key
 from pyserve.routes.context import CONTEXT, Authenticate, Context, single_owner
 from pyserve.routes.generate import add_generation_routes
 from pyserve.routes.health import add_health_routes
+from pyserve.routes.jobs import add_job_routes
+from pyserve.routes.models import add_model_routes
 from pyserve.routes.page import add_client_routes, add_page_routes
 from pyserve.routes.proxy import add_proxy_routes
 from pyserve.routes.streams import add_stream_routes
 from pyserve.routes.upstream_page import add_upstream_page_routes
+from pyserve.scheduling.models import ModelRegistry
+from pyserve.scheduling.scheduler import Scheduler
 from pyserve.sender import deliveries_of
 from pyserve.sessions import StreamSessionManager
 
@@ -44,31 +50,47 @@ Progress = Callable[[float], None]
 def create_app(
     config: Config | None = None,
     *,
+    models: Sequence[ModelConfig] | None = None,
     authenticate: Authenticate = single_owner,
     on_load_progress: Progress = lambda _share: None,
 ) -> web.Application:
     """An aiohttp application with all of pyserve's routes; for ``add_subapp`` or to run by itself.
 
+    `models` are found by their names, the first one by requests that name none; an empty list is of
+    models that come later. The one source of `config`, if it names one, takes any name.
     `authenticate` names the owner of a request, who alone can read and stop what he starts.
-    `on_load_progress` hears the share, 0 to 1, of a local model's load that is done.
+    `on_load_progress` hears the share, 0 to 1, of the local models' load that is done.
     """
     config = config or Config()
     manager = StreamSessionManager(config)
-    context = Context(config, manager, Generations(manager), authenticate)
+    registry = ModelRegistry(config, on_load_progress)
+    scheduler = Scheduler(config, registry)
+    generations = Generations(manager)
+    jobs = JobRegistry(manager, generations, scheduler)
+    context = Context(
+        config, manager, generations, registry, scheduler, jobs, authenticate=authenticate
+    )
     app = web.Application(
-        middlewares=[_answer_every_error, error_middleware], client_max_size=config.max_body_bytes
+        middlewares=[_bound_connections(config), _answer_every_error, error_middleware],
+        client_max_size=config.max_body_bytes,
     )
     app[CONTEXT] = context
+    admin_key = _read_admin_key(config)
+    _register_models(registry, config, models or ())
     add_stream_routes(app)
     add_health_routes(app)
     add_client_routes(app)
-    if config.upstream or config.model or config.demo:
+    if registry.known or models is not None or admin_key:
         add_generation_routes(app)
+        add_job_routes(app)
+        add_model_routes(app, admin_key)
         add_proxy_routes(app)
         (add_page_routes if config.ui == "pyserve" else add_upstream_page_routes)(app)
+    elif config.ui == "upstream":
+        raise ConfigError(NO_PAGE)
 
     async def run_parts(_app: web.Application) -> AsyncIterator[None]:
-        async with _running_parts(context, on_load_progress):
+        async with _running_parts(context):
             yield
 
     async def shut_down(_app: web.Application) -> None:
@@ -85,6 +107,7 @@ def setup(
     config: Config | None = None,
     *,
     prefix: str,
+    models: Sequence[ModelConfig] | None = None,
     authenticate: Authenticate = single_owner,
 ) -> StreamSessionManager:
     """Add pyserve's routes to an application of one's own, under `prefix` such as ``"/llm"``.
@@ -92,57 +115,74 @@ def setup(
     Returns:
         The manager, to create sessions that are read, looked up and stopped through those routes.
     """
-    subapp = create_app(config, authenticate=authenticate)
+    subapp = create_app(config, models=models, authenticate=authenticate)
     app.add_subapp(prefix, subapp)
     app.middlewares.append(error_middleware)
     return subapp[CONTEXT].manager
 
 
 @asynccontextmanager
-async def _running_parts(context: Context, on_load_progress: Progress) -> AsyncIterator[None]:
+async def _running_parts(context: Context) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
-        upstream = await _enter_upstream(stack, context.config, on_load_progress)
-        if upstream is not None:
-            await upstream.open()
-            stack.push_async_callback(upstream.close)
-            context.upstream = upstream
+        await stack.enter_async_context(context.models.running())
         stack.callback(deliveries_of(context.manager).close)
-        ticking = asyncio.create_task(context.manager.run(), name="pyserve heartbeats")
+        ticking = [
+            asyncio.create_task(context.manager.run(), name="pyserve heartbeats"),
+            asyncio.create_task(context.jobs.run(), name="pyserve jobs"),
+        ]
         try:
             yield
         finally:
-            ticking.cancel()
-            with suppress(asyncio.CancelledError):
-                await ticking
+            for task in ticking:
+                task.cancel()
+            await asyncio.gather(*ticking, return_exceptions=True)
 
 
-async def _enter_upstream(
-    stack: AsyncExitStack, config: Config, on_load_progress: Progress
-) -> Upstream | None:
+def _register_models(
+    registry: ModelRegistry, config: Config, models: Sequence[ModelConfig]
+) -> None:
+    sole = _sole_source(config)
+    if sole is not None and models:
+        raise ConfigError("give each source of generations a name, or have only one")
+    if sole is not None:
+        registry.register(sole, takes_any_name=True)
+    for model in models:
+        if registry.get(model.name) is not None:
+            raise ConfigError(f"there are two models of the name {model.name}")
+        registry.register(model)
+
+
+def _sole_source(config: Config) -> ModelConfig | None:
+    """The source that a Config names as one that takes any model's name."""
     if config.demo:
-        demo_url = await stack.enter_async_context(demo_server())
-        return Upstream(lambda: demo_url, config)
+        return ModelConfig(DEMO_MODEL, demo=True)
     if config.model is not None:
-        model = await stack.enter_async_context(local_model(config, on_load_progress))
-        return Upstream(lambda: model.url, config, model.key)
+        return ModelConfig(
+            re.sub(r"^[^A-Za-z0-9]+|[^A-Za-z0-9._:/+@-]+", "-", config.model.stem).strip("-")
+            or "model",
+            file=config.model,
+            slots=config.model_slots,
+            context_tokens=config.model_context_tokens,
+        )
     if config.upstream is not None:
-        return Upstream(lambda: config.upstream, config, _read_upstream_key(config))
+        return ModelConfig("default", upstream=config.upstream, key=upstream_key(config))
     return None
 
 
-def _read_upstream_key(config: Config) -> str | None:
-    key = os.environ.get("PYSERVE_UPSTREAM_KEY", "")
-    if config.upstream_key_file is not None:
-        try:
-            key = config.upstream_key_file.read_text()
-        except OSError as error:
-            raise ConfigError(f"upstream_key_file cannot be read: {error.strerror}") from error
-        except UnicodeDecodeError:
-            raise ConfigError("upstream_key_file is not a text file") from None
-    key = key.strip()
-    if not (key.isascii() and key.isprintable()):
-        raise ConfigError("the upstream's key holds characters that a header cannot carry")
-    return key or None
+def upstream_key(config: Config) -> str | None:
+    """The key for the upstreams of options and environment variables.
+
+    Raises:
+        ConfigError: it cannot be read, or cannot stand in a header.
+    """
+    given = os.environ.get("PYSERVE_UPSTREAM_KEY", "")
+    return read_key(config.upstream_key_file, given, "upstream_key_file")
+
+
+def _read_admin_key(config: Config) -> str | None:
+    return read_key(
+        config.admin_key_file, os.environ.get("PYSERVE_ADMIN_KEY", ""), "admin_key_file"
+    )
 
 
 async def drain(app: web.Application, timeout_s: float) -> None:
@@ -192,12 +232,32 @@ async def _answer_every_error(request: web.Request, handler: Handler) -> web.Str
         return _error_response(ApiError("internal_error"))
 
 
+def _bound_connections(config: Config) -> Middleware:
+    answering = 0
+
+    @web.middleware
+    async def bound(request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Answer at most so many requests at once."""
+        nonlocal answering
+        if config.max_connections and answering >= config.max_connections:
+            return _error_response(ApiError("too_many_connections", retry_after_s=1))
+        answering += 1
+        try:
+            return await handler(request)
+        finally:
+            answering -= 1
+
+    return bound
+
+
 def _error_response(error: ApiError) -> web.Response:
     response = web.Response(
         status=error.status, body=orjson.dumps(error.to_dict()), content_type="application/json"
     )
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(error.retry_after_s)
+    if error.status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
     return response
 
 

@@ -7,31 +7,24 @@ import logging
 import os
 import re
 import signal
-import socket
 from collections.abc import Coroutine
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
-from aiohttp import web
 from aiohttp.http import HttpProcessingError
 
-from pyserve.app import create_app, drain
+from pyserve.app import upstream_key
 from pyserve.commands import COMMANDS
 from pyserve.config import GIB, KIB, MIB, Config, Setting, format_size, settings
+from pyserve.config_file import DEFAULT_PATH, ConfigFile, read_config_file
 from pyserve.errors import ConfigError, MissingExtraError
+from pyserve.inference_server import InferenceServer
+from pyserve.model_config import ModelConfig
 from pyserve.process import fastest_loop, raise_descriptor_limit
 
 log = logging.getLogger("pyserve")
-
-_ACCESS_LOG_FORMAT = '%a "%r" %s %b %Tf s %{X-Request-Id}o'
-
-# Responses end within SHUTDOWN_DRAIN_S or are reset; this is for what else a handler does then.
-_HANDLER_TIMEOUT_S = 1.0
-
-# Longer than the 60 s that proxies keep an idle connection; aiohttp's own default is an hour.
-_KEEPALIVE_TIMEOUT_S = 75.0
 
 _SERVE_EPILOG = """\
 \b
@@ -40,6 +33,8 @@ Examples:
   pyserve serve --model qwen3-4b.gguf                 llama.cpp, started and supervised
   pyserve serve --upstream http://127.0.0.1:8080      in front of a llama-server you run
   PYSERVE_UPSTREAM_KEY=sk-... pyserve serve --upstream https://api.openai.com
+  pyserve serve --model small=qwen3-4b.gguf --model large=qwen3-32b.gguf
+  pyserve serve --config pyserve.toml                 settings and models in a file
 
 \b
 Then, in another terminal:
@@ -68,6 +63,26 @@ class ByteSize(click.ParamType[int]):
         return int(match[1]) * _SIZE_UNITS[(match[2] or "").lower()]
 
 
+class _Urls(click.ParamType[str]):
+    """A URL, or NAME= and one; several in an environment variable have blanks between them."""
+
+    name = "url"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Any text."""
+        return str(value)
+
+
+class _Files(_Urls):
+    """A file, or NAME= and one; several in an environment variable are separated as in PATH."""
+
+    name = "file"
+    envvar_list_splitter = os.pathsep
+
+
+_SOURCES: dict[str, _Urls] = {"upstream": _Urls(), "model": _Files()}
+
+
 def _option(setting: Setting) -> click.Option:
     keywords: dict[str, Any] = {
         "default": setting.default,
@@ -76,7 +91,10 @@ def _option(setting: Setting) -> click.Option:
         "show_default": setting.default is not None,
         "show_envvar": True,
     }
-    if setting.type is bool:
+    if setting.name in _SOURCES:
+        keywords |= {"type": _SOURCES[setting.name], "multiple": True, "default": ()}
+        keywords |= {"metavar": f"[NAME=]{_SOURCES[setting.name].name.upper()}"}
+    elif setting.type is bool:
         keywords |= {"is_flag": True}
     elif setting.choices:
         keywords |= {"type": click.Choice(setting.choices)}
@@ -110,7 +128,23 @@ class _BadRequestsInOneLine(logging.Filter):
         return True
 
 
-def _serve(verbose: bool, **values: Any) -> None:
+def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None) -> ConfigFile:
+    """What the file says stands in for what is not said otherwise."""
+    if path is None:
+        if not DEFAULT_PATH.is_file():
+            return ConfigFile()
+        path = DEFAULT_PATH
+    try:
+        file = read_config_file(path)
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from error
+    ctx.default_map = {
+        name: [value] if name in _SOURCES else value for name, value in file.settings.items()
+    }
+    return file
+
+
+def _serve(verbose: bool, config_file: ConfigFile, **values: Any) -> None:
     """Serve resumable streams in front of an LLM.
 
     The stream of a POST with an X-Conversation-Id goes on when its reader leaves, and can be read
@@ -121,14 +155,52 @@ def _serve(verbose: bool, **values: Any) -> None:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
     logging.getLogger("aiohttp.server").addFilter(_BadRequestsInOneLine())
-    if not (values["upstream"] or values["model"] or values["demo"]):
-        values["demo"] = True
     raise_descriptor_limit()
     try:
+        config, named = _sources(values, config_file.models)
         with asyncio.Runner(loop_factory=fastest_loop()) as runner:
-            runner.run(_run(Config(**values)))
+            runner.run(_run(config, named))
     except (ConfigError, MissingExtraError) as error:
         raise click.ClickException(str(error)) from error
+
+
+def _sources(values: dict[str, Any], models: list[ModelConfig]) -> tuple[Config, list[ModelConfig]]:
+    """The settings, with the source that takes any name if there is one; and the named ones."""
+    upstreams = dict(map(_named_upstream, values["upstream"]))
+    files = dict(map(_named_file, values["model"]))
+    for option, given in (("--upstream", upstreams), ("--model", files)):
+        if len(given) < len(values[option.lstrip("-")]):
+            raise ConfigError(f"{option}: only one source of generations may go without a name")
+    values["upstream"], values["model"] = upstreams.pop("", None), files.pop("", None)
+    if not (models or upstreams or files or values["upstream"] or values["model"]):
+        values["demo"] = True
+    config = Config(**values)
+    key = upstream_key(config) if upstreams else None
+    named = [
+        *models,
+        *(ModelConfig(name, upstream=url, key=key) for name, url in upstreams.items()),
+        *(
+            ModelConfig(
+                name,
+                file=Path(file),
+                slots=config.model_slots,
+                context_tokens=config.model_context_tokens,
+            )
+            for name, file in files.items()
+        ),
+    ]
+    return config, named
+
+
+def _named_upstream(value: str) -> tuple[str, str]:
+    """The name, empty if there is none, and the URL, which may hold an equals sign, too."""
+    name, equals, url = value.partition("=")
+    return (name, url) if equals and "://" not in name else ("", value)
+
+
+def _named_file(value: str) -> tuple[str, str]:
+    name, equals, file = value.partition("=")
+    return (name, file) if equals and not Path(value).exists() else ("", value)
 
 
 main.add_command(
@@ -138,6 +210,17 @@ main.add_command(
         help=_serve.__doc__,
         epilog=_SERVE_EPILOG,
         params=[
+            click.Option(
+                ["--config", "config_file"],
+                type=click.Path(path_type=Path),
+                metavar="FILE",
+                callback=_read_config,
+                is_eager=True,
+                envvar="PYSERVE_CONFIG",
+                show_envvar=True,
+                help="Settings by their names, and [[models]]. By default ./pyserve.toml, if it is"
+                " there.",
+            ),
             *map(_option, settings()),
             click.Option(["--verbose", "-v"], is_flag=True, help="Log llama.cpp's lines, too."),
         ],
@@ -192,47 +275,27 @@ async def _run_until(event: asyncio.Event, work: Coroutine[Any, Any, None]) -> b
     return done
 
 
-async def _run(config: Config) -> None:
+async def _run(config: Config, models: list[ModelConfig]) -> None:
     stop = _StopSignals()
-    label = f"Loading {config.model.name}" if config.model else ""
-    app = create_app(config, on_load_progress=_LoadBar(label))
-    runner = web.AppRunner(
-        app,
-        access_log_format=_ACCESS_LOG_FORMAT,
-        keepalive_timeout=_KEEPALIVE_TIMEOUT_S,
-        shutdown_timeout=_HANDLER_TIMEOUT_S,
-    )
+    files = [model.file for model in models] + [config.model]
+    label = f"Loading {', '.join(file.name for file in files if file is not None)}"
+    server = InferenceServer(config, models=models, on_load_progress=_LoadBar(label))
     try:
-        if not await _run_until(stop.asked, runner.setup()):
+        if not await _run_until(stop.asked, server.start()):
             return
-        site = web.TCPSite(runner, config.host, config.port)
-        try:
-            await site.start()
-        except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {config.host}:{config.port}: {_reason(error)}"
-            ) from error
-        _tell_start(config, runner)
+        _tell_start(config, server)
         await stop.asked.wait()
-        await site.stop()
+        await server.stop_listening()
         log.info("stopping; running generations have %g s to finish", config.drain_timeout_s)
-        await _run_until(stop.asked_again, drain(app, config.drain_timeout_s))
+        await _run_until(stop.asked_again, server.drain(config.drain_timeout_s))
     finally:
-        await runner.cleanup()
+        await server.stop(drain_timeout_s=0)
 
 
-def _reason(error: OSError) -> str:
-    """The system's words; asyncio puts its own around them."""
-    if error.errno is None or isinstance(error, socket.gaierror):
-        return str(error.strerror)
-    return os.strerror(error.errno)
-
-
-def _tell_start(config: Config, runner: web.AppRunner) -> None:
+def _tell_start(config: Config, server: InferenceServer) -> None:
     if config.demo:
         click.echo("DEMO: no model is running. Give --model FILE.gguf or --upstream URL for one.")
-    host, port = runner.addresses[0][:2]
-    click.echo(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
+    click.echo(f"listening on {server.url}")
 
 
 if __name__ == "__main__":

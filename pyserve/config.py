@@ -11,16 +11,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
-from urllib.parse import urlsplit
 
 from pyserve.errors import ConfigError
+from pyserve.model_config import check_url
 
 Unit = Literal["", "seconds", "milliseconds", "bytes", "tokens"]
 Ui = Literal["pyserve", "upstream"]
+HighestPriority = Literal["high", "normal"]
 
 KIB = 1024
 MIB = 1024 * KIB
 GIB = 1024 * MIB
+
+NO_PAGE = "ui is 'upstream', which needs an upstream or a model that has a page"
 
 
 def _setting(default: Any, description: str, *, minimum: float | None = None) -> Any:
@@ -41,22 +44,84 @@ class Config:
     drain_timeout_s: float = _setting(
         30.0, "How long running generations may go on after a stop signal.", minimum=0.0
     )
+    max_connections: int = _setting(
+        0,
+        "Requests answered at once, open streams included; more get 503. 0: any number.",
+        minimum=0,
+    )
+    admin_key_file: Path | None = _setting(
+        None,
+        "File that holds the key of /admin, which does not exist without one. PYSERVE_ADMIN_KEY"
+        " holds the key itself.",
+    )
 
-    # --- where generations come from (at most one; none: only an embedder's own producers)
+    # --- where generations come from (at most one that takes any model's name; named ones are
+    # models of their own; none: only an embedder's own producers)
     upstream: str | None = _setting(
-        None, "URL of an OpenAI-compatible server (llama-server, vLLM, ...) to stream from."
+        None,
+        "URL of an OpenAI-compatible server (llama-server, vLLM, ...) to stream from. NAME=URL, any"
+        " number of times, for requests that name this model.",
     )
     upstream_key_file: Path | None = _setting(
         None, "File that holds the upstream's API key. PYSERVE_UPSTREAM_KEY holds the key itself."
     )
     model: Path | None = _setting(
-        None, "A GGUF file: pyserve starts and supervises a llama.cpp of its own for it."
+        None,
+        "A GGUF file: pyserve starts and supervises a llama.cpp of its own for it. NAME=FILE as"
+        " with --upstream.",
     )
     model_context_tokens: int = _setting(
         8192, "Context of --model, shared by its slots.", minimum=64
     )
     model_slots: int = _setting(2, "Generations that --model runs at once.", minimum=1)
     demo: bool = _setting(False, "Stream a short tour of pyserve; needs no model.")
+
+    # --- who waits for whom
+    max_queue: int = _setting(
+        1000, "Generations that wait for a slot, over all models; more get 429.", minimum=0
+    )
+    max_waiting_per_owner: int = _setting(
+        500, "Of those, one owner's: nobody fills the queue alone. 0: as many as fit.", minimum=0
+    )
+    max_running_per_owner: int = _setting(
+        0, "One owner's generations that run at once, over all models. 0: any number.", minimum=0
+    )
+    max_priority: HighestPriority = _setting(
+        "normal", "The highest that a request may ask for; it gets normal if it asks for none."
+    )
+    ageing_s: float = _setting(
+        30.0,
+        "Wait after which a request counts as one priority higher, so that none starves.",
+        minimum=0.01,
+    )
+    request_timeout_s: float = _setting(
+        0.0, "Longest time for one generation, its wait for a slot included. 0: any.", minimum=0.0
+    )
+    abandon_after_s: float = _setting(
+        0.0, "A generation that nobody reads for this long is stopped. 0: never.", minimum=0.0
+    )
+
+    # --- the models
+    health_interval_s: float = _setting(
+        5.0,
+        "How often each model's upstream is asked for its health; each second while it is ill."
+        " 0: never, it counts as well.",
+        minimum=0.0,
+    )
+    unhealthy_wait_s: float = _setting(
+        30.0,
+        "How long those who wait already go on waiting when their model falls ill. New ones get 503"
+        " at once.",
+        minimum=0.0,
+    )
+    model_load_timeout_s: float = _setting(
+        600.0, "Until a new version has loaded and answered its warm-up.", minimum=0.01
+    )
+    model_drain_timeout_s: float = _setting(
+        300.0,
+        "How long generations may go on at a version that was swapped or removed.",
+        minimum=0.0,
+    )
 
     # --- the page
     ui: Ui = _setting(
@@ -141,26 +206,12 @@ class Config:
         sources = [name for name in ("upstream", "model", "demo") if getattr(self, name)]
         if len(sources) > 1:
             raise ConfigError(f"only one source of generations is possible, not {sources}")
-        if self.ui == "upstream" and not (self.upstream or self.model):
-            raise ConfigError(
-                "ui is 'upstream', which needs an upstream or a model that has a page"
-            )
+        if self.ui == "upstream" and self.demo:
+            raise ConfigError(NO_PAGE)
         if self.upstream is not None:
-            _check_url(self.upstream)
+            check_url(self.upstream, "upstream")
         if self.model is not None and not self.model.is_file():
             raise ConfigError(f"model: there is no file {self.model}")
-
-
-def _check_url(url: str) -> None:
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # a bracket left open, a port that is none
-        usable = False
-    if not usable:
-        raise ConfigError(f"upstream must be an http:// or https:// URL, not {url!r}")
-    if parts.query or parts.fragment or parts.username:
-        raise ConfigError("upstream must be a plain URL, without user, query or fragment")
 
 
 @dataclass(frozen=True)
@@ -220,9 +271,13 @@ _BASE_TYPES: dict[str, type] = {
     "bool": bool,
     "Path | None": Path,
     "Ui": str,
+    "HighestPriority": str,
 }
 
-_CHOICES: dict[str, tuple[str, ...]] = {"Ui": get_args(Ui)}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "Ui": get_args(Ui),
+    "HighestPriority": get_args(HighestPriority),
+}
 
 
 def settings() -> Iterator[Setting]:

@@ -92,6 +92,7 @@ REASONS: dict[str, Reason] = {
     "not_found": Reason(404, "There is nothing at this address"),
     "method_not_allowed": Reason(405, "This address does not take this method"),
     # the stream
+    "job_not_found": Reason(404, "Job not found or expired"),
     "stream_not_found": Reason(404, "Stream not found or expired"),
     "offset_lost": Reason(400, "Stream offset lost, please restart"),
     "offset_ahead": Reason(400, "The position is beyond the end of the stream"),
@@ -112,6 +113,21 @@ REASONS: dict[str, Reason] = {
     "upstream_timeout": Reason(504, "The upstream was silent for too long"),
     "context_overflow": Reason(400, "The request does not fit into the model's context"),
     "model_loading": Reason(503, "The model is loading, try again soon"),
+    # admission
+    "model_not_found": Reason(404, "There is no such model"),
+    "model_unhealthy": Reason(503, "The model's upstream is not healthy, try again soon"),
+    "model_unloaded": Reason(503, "The model was unloaded before the generation was over"),
+    "queue_full": Reason(429, "Too many generations are waiting, try again later"),
+    "owner_limit": Reason(429, "Too many of your generations are waiting, try again later"),
+    "priority_too_high": Reason(403, "This priority is higher than you may ask for"),
+    "request_timeout": Reason(504, "The generation took longer than one may"),
+    "too_many_connections": Reason(503, "Too many requests are being answered, try again later"),
+    # the administration of models
+    "admin_key_required": Reason(401, "The administration needs its key: Authorization: Bearer"),
+    "invalid_model": Reason(400, "This is not the configuration of a model"),
+    "model_exists": Reason(409, "There is a model of this name, swap it"),
+    "model_busy": Reason(409, "The model is being loaded or swapped"),
+    "model_load_failed": Reason(502, "The model cannot serve, nothing was changed"),
     # the server
     "generation_failed": Reason(500, "The generation failed"),
     "shutdown": Reason(503, "The server is shutting down"),
@@ -121,8 +137,15 @@ REASONS: dict[str, Reason] = {
 #: Reasons of endings that are no errors, as lookups show them.
 ENDING_REASONS: dict[str, str] = {
     "cancelled": "stopped by a client",
+    "abandoned": "stopped, since nobody read it for too long",
+    "max_runtime": "stopped, since it ran longer than its job allows",
     "replaced": "a newer generation took its place",
     "unterminated": "complete, but the upstream sent no terminator such as `data: [DONE]`",
+    # a job that is complete, in the upstream's words
+    "stop": "the model ended its answer",
+    "length": "the answer reached its limit of tokens",
+    "tool_calls": "the model waits for what its tools tell",
+    "content_filter": "the upstream withheld the rest",
 }
 
 _TYPES_BY_STATUS = {

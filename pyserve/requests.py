@@ -75,6 +75,21 @@ def conversation_id_of_post(request: web.Request) -> str | None:
     return _checked(given.pop())
 
 
+_MAX_IDEMPOTENCY_KEY_CHARS = 255
+
+
+def idempotency_key_of(request: web.Request) -> str:
+    """The ``Idempotency-Key``, empty where there is none.
+
+    Raises:
+        ApiError: reason ``invalid_parameter``.
+    """
+    key = request.headers.get("Idempotency-Key", "")
+    if len(key) > _MAX_IDEMPOTENCY_KEY_CHARS:
+        raise ApiError("invalid_parameter", "Idempotency-Key is longer than 255 characters")
+    return key
+
+
 async def read_body(
     request: web.Request, config: Config, max_body_bytes: int | None = None
 ) -> bytes:

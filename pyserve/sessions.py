@@ -7,11 +7,12 @@ import itertools
 import logging
 import re
 from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Self
 
 from pyserve import _core
 from pyserve.config import Config
-from pyserve.errors import REASONS, ApiError, Dialect, SessionEndedError
+from pyserve.errors import REASONS, ApiError, SessionEndedError
 from pyserve.positions import START, Position, parse_position
 from pyserve.wakeups import running_loop_waker
 
@@ -28,8 +29,8 @@ SINGLE_OWNER = ""
 
 MAX_CONVERSATION_ID_BYTES = 255
 
-# The first byte of the core's tag, so that every view of a session tells its errors alike.
-_OPENAI, _ANTHROPIC = b"o", b"a"
+# Stands between a conversation's id and a subkey, as in the core: no id holds it.
+_SUBKEY_SEPARATOR = "\x1f"
 
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _REASON = re.compile(r"[a-z0-9_]{1,64}")
@@ -47,6 +48,37 @@ def is_conversation_id(text: str) -> bool:
         and text not in (".", "..")
         and not _CONTROL_CHARACTERS.search(text)
     )
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a session is about to end, for its dialect to tell."""
+
+    #: ``completed``, ``failed`` or ``cancelled``
+    state: str
+    reason: str
+    #: of a failed one
+    error: ApiError | None = None
+
+
+#: A dialect: makes the last event of a stream, whoever ends it; ``b""`` where it has no word for
+#: such an ending. It may be called for an ending that another one forestalls.
+TellEnding = Callable[["StreamSession", Ending], bytes]
+
+
+def _tell_openai(_session: StreamSession, ending: Ending) -> bytes:
+    return b"" if ending.error is None else _bounded(ending.error).to_event("openai")
+
+
+def _tell_anthropic(_session: StreamSession, ending: Ending) -> bytes:
+    return b"" if ending.error is None else _bounded(ending.error).to_event("anthropic")
+
+
+def _bounded(error: ApiError) -> ApiError:
+    """`error`, without an upstream's own words where they would fill the smallest log."""
+    if len(error.to_event("anthropic")) <= _MAX_ERROR_EVENT_BYTES:
+        return error
+    return ApiError(error.reason, status=error.status)
 
 
 class SessionReader:
@@ -134,6 +166,11 @@ class StreamSession:
     @property
     def conversation_id(self) -> str:
         """The client's name for the stream."""
+        return self.key.partition(_SUBKEY_SEPARATOR)[0]
+
+    @property
+    def key(self) -> str:
+        """What the manager knows it by: the conversation id, and a subkey if it has one."""
         return self._core.conversation_id
 
     @property
@@ -144,12 +181,12 @@ class StreamSession:
     @property
     def tag(self) -> bytes:
         """What the creator attached; lives as long as the log."""
-        return self._core.tag[1:]
+        return self._core.tag.partition(b"\n")[2]
 
     @property
-    def dialect(self) -> Dialect:
-        """How the stream tells an error."""
-        return "anthropic" if self._core.tag[:1] == _ANTHROPIC else "openai"
+    def dialect(self) -> str:
+        """How the stream tells its ending: a name in the manager's ``dialects``."""
+        return self._core.tag.partition(b"\n")[0].decode()
 
     def snapshot(self) -> _core.SessionSnapshot:
         """State, offsets, readers and times of one moment, together."""
@@ -204,6 +241,18 @@ class StreamSession:
             raise ValueError("an event's name cannot hold a line end or NUL")
         self._guard_size(self._core.append_event, data.encode(), (event or "").encode())
 
+    def announce(self, data: str, event: str) -> None:
+        """As append_event(), for what is told before the generation runs: queued stays queued."""
+        self._guard_size(self._core.announce, data.encode(), event.encode())
+
+    def offer(self, sse: bytes) -> None:
+        """As append(), but what doesn't fit ends nothing here: it is the caller's matter.
+
+        Raises:
+            SessionEndedError, EventTooLargeError, MemoryBudgetError: as append().
+        """
+        self._core.append(sse)
+
     def end_input(self) -> None:
         """Publish an event that lacks only its blank line; drop one that broke off. finalize() of
         a completed session does it too.
@@ -237,8 +286,9 @@ class StreamSession:
             raise ValueError(f"a reason is 1 to 64 characters of [a-z0-9_], not {reason!r}")
         if state == "completed":
             self.end_input()
+            return self._end(Ending(state, reason or ""))
         if state != "failed":
-            return self._core.finalize(state, reason or "")
+            raise ValueError(f"state must be 'completed' or 'failed', not {state!r}")
         if reason is None or reason in REASONS:
             return self.fail(ApiError(reason or "generation_failed"))
         error = ApiError("generation_failed")
@@ -247,10 +297,15 @@ class StreamSession:
 
     def fail(self, error: ApiError) -> bool:
         """End the session as failed: `error` becomes the last event. False if it had ended."""
-        event = error.to_event(self.dialect)
-        if len(event) > _MAX_ERROR_EVENT_BYTES:  # an upstream's own words
-            event = ApiError(error.reason, status=error.status).to_event(self.dialect)
-        return self._core.finalize("failed", error.reason, event)
+        return self._end(Ending("failed", error.reason, error))
+
+    def _end(self, ending: Ending) -> bool:
+        if not self.is_live:
+            return False
+        last_event = self.manager.dialects[self.dialect](self, ending)
+        if ending.state == "cancelled":
+            return self._core.cancel(ending.reason, last_event)
+        return self._core.finalize(ending.state, ending.reason, last_event)
 
     def __enter__(self) -> Self:
         """``with session:`` around a producer ends the session with it, whatever happens."""
@@ -270,7 +325,7 @@ class StreamSession:
 
     def cancel(self, reason: str = "cancelled") -> bool:
         """End the session as cancelled and call its ``on_cancel``. The log stays until its TTL."""
-        return self._core.cancel(reason)
+        return self._end(Ending("cancelled", reason))
 
     def last_event(self) -> bytes:
         """The newest event of the log, ``b""`` if there is none or it was dropped."""
@@ -333,6 +388,11 @@ class StreamSessionManager:
 
     def __init__(self, config: Config | None = None, *, clock: _core.Clock | None = None) -> None:
         self.config = config or Config()
+        #: How streams tell their endings, by the name that their sessions carry.
+        self.dialects: dict[str, TellEnding] = {
+            "openai": _tell_openai,
+            "anthropic": _tell_anthropic,
+        }
         self._core = _core.StreamSessionManager(
             max_session_bytes=self.config.max_session_bytes,
             max_total_bytes=self.config.max_total_bytes,
@@ -354,12 +414,16 @@ class StreamSessionManager:
         conversation_id: str,
         *,
         owner: str = SINGLE_OWNER,
+        subkey: str = "",
         on_cancel: Hook | None = None,
         on_end: Callable[[StreamSession], Any] | None = None,
-        dialect: Dialect = "openai",
+        dialect: str = "openai",
         tag: bytes = b"",
     ) -> StreamSession:
         """A new session. A live one of the same conversation is cancelled, reason ``replaced``.
+
+        One with a `subkey` stands beside the conversation's own: :meth:`newest` takes the one with
+        the last subkey for the youngest of them.
 
         `on_cancel` is called once if the session is cancelled (DELETE, or replaced), to stop
         whatever produces; `on_end` once at every kind of ending, with the session.
@@ -385,10 +449,10 @@ class StreamSessionManager:
 
         core = self._core.create_or_replace(
             owner,
-            conversation_id,
+            conversation_id + _SUBKEY_SEPARATOR + subkey if subkey else conversation_id,
             call_on_cancel if on_cancel else None,
             call_on_end if on_end else None,
-            (_ANTHROPIC if dialect == "anthropic" else _OPENAI) + tag,
+            dialect.encode() + b"\n" + tag,
         )
         session = StreamSession(core, self)
         call_on_end()
@@ -398,10 +462,21 @@ class StreamSessionManager:
         """The conversation's session, live or kept after its end; None if there is none."""
         return self._view(self._core.get(owner, conversation_id))
 
+    def newest(self, conversation_id: str, *, owner: str = SINGLE_OWNER) -> StreamSession | None:
+        """The youngest of the conversation's sessions, those with subkeys included."""
+        return self._view(self._core.newest(owner, conversation_id))
+
+    def sessions_of(
+        self, conversation_id: str, *, owner: str = SINGLE_OWNER
+    ) -> list[StreamSession]:
+        """The conversation's own session, if there is one, and those with subkeys in order."""
+        found = self.lookup([conversation_id], owner=owner)
+        return [session for session in found if session.conversation_id == conversation_id]
+
     def lookup(
         self, conversation_ids: Iterable[str], *, owner: str = SINGLE_OWNER
     ) -> list[StreamSession]:
-        """Sessions whose id is one of these or begins with one of these and ``::``."""
+        """Sessions whose conversation is one of these or begins with one of these and ``::``."""
         # Each once: a repeated id would be looked up, and all that it finds gone through, again.
         wellformed = [text for text in dict.fromkeys(conversation_ids) if is_conversation_id(text)]
         found = self._core.lookup(owner, wellformed)
@@ -417,7 +492,10 @@ class StreamSessionManager:
         self, conversation_id: str, *, owner: str = SINGLE_OWNER, epoch: str = ""
     ) -> StreamSession | None:
         """Stop the generation and drop the log; with `epoch` only if it is that session's."""
-        return self._view(self._core.evict_and_cancel(owner, conversation_id, epoch))
+        session = self.evict(conversation_id, owner=owner, epoch=epoch)
+        if session is not None:
+            session.cancel()
+        return session
 
     def _view(self, core: _core.StreamSession | None) -> StreamSession | None:
         return None if core is None else StreamSession(core, self)

@@ -15,7 +15,6 @@ from typing import Any
 
 from pyserve.errors import (
     ApiError,
-    Dialect,
     EventTooLargeError,
     MemoryBudgetError,
     SessionEndedError,
@@ -26,7 +25,8 @@ log = logging.getLogger("pyserve")
 
 #: Produces into a session, calls its second argument when the generation has begun, and returns
 #: the reason of a completed ending, usually None. Raises ApiError to fail the session.
-Produce = Callable[[StreamSession, Callable[[], None]], Awaitable[str | None]]
+Produce = Callable[[StreamSession, "Begin"], Awaitable[str | None]]
+Begin = Callable[[], None]
 
 
 def _call_in(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: Any) -> None:
@@ -47,10 +47,21 @@ class Generation:
         self._grace_until = grace_until
         self._settled = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._watch: asyncio.TimerHandle | None = None
 
     def launch(self, produce: Produce) -> None:
         """Start the task; the session has been made."""
         self._task = asyncio.create_task(self._run(produce), name=f"generation {self.session!r}")
+
+    def watch_readers(self, abandon_after_s: float, unread_s: Callable[[], float]) -> None:
+        """Cancel it, reason ``abandoned``, as soon as nobody has read for this long."""
+        left_s = abandon_after_s - unread_s()
+        if left_s <= 0:
+            self.session.cancel("abandoned")
+        else:
+            self._watch = self._loop.call_later(
+                left_s, self.watch_readers, abandon_after_s, unread_s
+            )
 
     async def _run(self, produce: Produce) -> None:
         try:
@@ -70,17 +81,22 @@ class Generation:
             self._fail(ApiError("internal_error"))
         finally:
             self._settled.set()
+            self._stop_watching()
+
+    def settle(self) -> None:
+        """From now on an error is told in the stream."""
+        self._settled.set()
 
     def _begin(self) -> None:
         self.session.start()
-        self._settled.set()
+        self.settle()
 
     def _fail(self, error: ApiError) -> None:
         in_grace = asyncio.get_running_loop().time() < self._grace_until
         if in_grace and not self._settled.is_set():
             self.refused = error
             session = self.session
-            session.manager.evict(session.conversation_id, owner=session.owner, epoch=session.epoch)
+            session.manager.evict(session.key, owner=session.owner, epoch=session.epoch)
         self.session.fail(error)
 
     def stop(self) -> None:
@@ -89,8 +105,13 @@ class Generation:
 
     def _stop(self) -> None:
         self._settled.set()
+        self._stop_watching()
         if self._task is not None:
             self._task.cancel()
+
+    def _stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
 
     async def wait_settled(self) -> None:
         """Wait until it has begun, failed or was stopped, at most until its grace is over.
@@ -110,6 +131,11 @@ class Generation:
             raise ApiError("replaced" if ended.reason == "replaced" else "cancelled")
 
 
+def _unread_s_of(*logs: StreamSession | None) -> Callable[[], float]:
+    there = [log for log in logs if log is not None]
+    return lambda: min(log.snapshot().unread_s for log in there)
+
+
 class Generations:
     """The generations that run now, so that they can be waited for and stopped."""
 
@@ -126,25 +152,37 @@ class Generations:
         produce: Produce,
         *,
         owner: str,
-        dialect: Dialect,
+        dialect: str,
         tag: bytes,
         grace_until: float,
+        subkey: str = "",
+        on_end: Callable[[StreamSession], Any] = lambda _session: None,
+        abandon_after_s: float | None = None,
+        also_read: StreamSession | None = None,
     ) -> Generation:
         """Make the session and start to produce into it.
 
-        `grace_until` is a time of the running loop's clock.
+        `grace_until` is a time of the running loop's clock. `abandon_after_s` is by default the
+        manager's, and 0 is never; who reads `also_read` reads this generation, too. `on_end` is
+        called on the thread that ends the session.
 
         Raises:
             ApiError: as ``create_or_replace``; ``memory_budget``.
         """
         generation = Generation(grace_until)
         loop = asyncio.get_running_loop()
+
+        def end(session: StreamSession) -> None:
+            _call_in(loop, self._forget, session)
+            on_end(session)
+
         try:
             generation.session = self._manager.create_or_replace(
                 conversation_id,
                 owner=owner,
+                subkey=subkey,
                 on_cancel=generation.stop,
-                on_end=lambda session: _call_in(loop, self._forget, session),
+                on_end=end,
                 dialect=dialect,
                 tag=tag,
             )
@@ -153,6 +191,10 @@ class Generations:
         self._running[generation.session] = generation
         self._idle.clear()
         generation.launch(produce)
+        if abandon_after_s is None:
+            abandon_after_s = self._manager.config.abandon_after_s
+        if abandon_after_s:
+            generation.watch_readers(abandon_after_s, _unread_s_of(generation.session, also_read))
         if not generation.session.is_live:  # stopped while it was made
             generation.stop()
             self._forget(generation.session)

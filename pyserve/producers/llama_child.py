@@ -79,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--parallel", "-np", type=int, default=-1, metavar="SLOTS", help="-1: llama.cpp's choice")
     add("--threads", "-t", type=int, default=-1, metavar="N", help="-1: one for each core")
     add("--n-gpu-layers", "-ngl", type=int, default=-1, metavar="N", help="-1: as many as fit")
+    add("--device", "-dev", metavar="NAME", help="where to run; only llama-server knows it")
+    add("--cache-type-k", "-ctk", default="f16", metavar="TYPE", help="of the cache's keys")
+    add("--cache-type-v", "-ctv", default="f16", metavar="TYPE", help="of the cache's values")
     add("--metrics", action="store_true", help="serve GET /metrics")
     add("--no-ui", action="store_true", help="do not serve llama.cpp's own page")
     return parser
@@ -92,6 +95,8 @@ def _start(options: argparse.Namespace) -> Any:
         raise MissingLlamaError from error
 
     _check_model_file(options.model)
+    if options.device:
+        raise StartError("--device needs a llama-server on PATH: xllamacpp chooses by itself")
     params = xllamacpp.CommonParams()
     params.model.path = str(options.model)
     params.hostnames = [options.host]
@@ -100,6 +105,8 @@ def _start(options: argparse.Namespace) -> Any:
     params.n_parallel = options.parallel
     params.cpuparams.n_threads = options.threads
     params.n_gpu_layers = options.n_gpu_layers
+    params.cache_type_k = _cache_type(xllamacpp, options.cache_type_k)
+    params.cache_type_v = _cache_type(xllamacpp, options.cache_type_v)
     params.endpoint_metrics = options.metrics
     params.ui = not options.no_ui
     if options.alias:
@@ -113,6 +120,13 @@ def _start(options: argparse.Namespace) -> Any:
             f"llama.cpp could not serve {options.model} on {options.host}:{options.port};"
             " its own messages above say why"
         ) from error
+
+
+def _cache_type(xllamacpp: Any, name: str) -> Any:
+    known = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{name.upper()}", None)
+    if known is None:
+        raise StartError(f"{name!r} is no type of cache")
+    return known
 
 
 def _check_model_file(path: Path) -> None:

@@ -21,8 +21,8 @@ from importlib.util import find_spec
 
 import aiohttp
 
-from pyserve.config import Config
 from pyserve.errors import ConfigError, MissingExtraError
+from pyserve.model_config import ModelConfig
 
 log = logging.getLogger("pyserve.llama")
 
@@ -156,9 +156,22 @@ def _require_llama() -> None:
         raise MissingExtraError("llama", "--model without a llama-server on PATH")
 
 
+def _llama_options(config: ModelConfig) -> list[str]:
+    options = {
+        "--model": config.file,
+        "--alias": config.name,
+        "--ctx-size": config.context_tokens,
+        "--parallel": config.slots,
+        "--n-gpu-layers": config.gpu_layers,
+        "--device": config.device,
+        "--cache-type-k": config.cache_type_k,
+        "--cache-type-v": config.cache_type_v,
+    }
+    return [str(word) for pair in options.items() if pair[1] is not None for word in pair]
+
+
 class _Supervisor:
-    def __init__(self, config: Config, on_progress: Progress) -> None:
-        assert config.model is not None
+    def __init__(self, config: ModelConfig, on_progress: Progress) -> None:
         self._config = config
         self._on_progress = on_progress
         self.model = LocalModel(None, secrets.token_urlsafe(24))
@@ -183,24 +196,19 @@ class _Supervisor:
             loaded.cancel()
         if child.process.returncode is not None:
             await child.wait()
-            raise ConfigError(f"llama.cpp cannot load {self._config.model}: {child.first_error}")
+            raise ConfigError(f"llama.cpp cannot load {self._config.file}: {child.first_error}")
         self.model.url = url
         self._on_progress(1.0)
 
     async def _spawn(self, port: int) -> _Child:
-        config = self._config
-        assert config.model is not None
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-P",  # nothing out of the folder one happens to stand in
             "-m",
             "pyserve.producers.llama_child",
-            *("--model", str(config.model)),
             *("--host", "127.0.0.1"),
             *("--port", str(port)),
-            *("--alias", config.model.stem),
-            *("--ctx-size", str(config.model_context_tokens)),
-            *("--parallel", str(config.model_slots)),
+            *_llama_options(self._config),
             env={
                 **os.environ,
                 "LLAMA_API_KEY": self.model.key,
@@ -246,8 +254,8 @@ class _Supervisor:
 
 
 @asynccontextmanager
-async def local_model(config: Config, on_progress: Progress) -> AsyncIterator[LocalModel]:
-    """Run llama.cpp for ``config.model``; entered when the model is loaded.
+async def local_model(config: ModelConfig, on_progress: Progress) -> AsyncIterator[LocalModel]:
+    """Run llama.cpp for ``config.file``; entered when the model is loaded.
 
     `on_progress` is called with the share of the load that is done, 0 to 1.
 

@@ -13,7 +13,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import aiohttp
 import orjson
@@ -21,7 +21,6 @@ from yarl import URL
 
 from pyserve.config import Config
 from pyserve.errors import ApiError, Dialect
-from pyserve.sessions import StreamSession
 
 log = logging.getLogger("pyserve")
 
@@ -30,7 +29,15 @@ _MAX_ERROR_BODY_BYTES = 64 * 1024
 _MAX_ERROR_MESSAGE_CHARS = 2000
 _ERROR_BODY_TIMEOUT_S = 1.0
 _HEALTH_TIMEOUT_S = 2.0
+# llama.cpp's /props holds the chat template, some tens of kilobytes.
+_MAX_PROPS_BYTES = 4 * 1024 * 1024
 _MAX_RETRY_AFTER_S = 24 * 3600
+
+# What may mean that the upstream is gone.
+_LOSSES = ("upstream_unreachable", "upstream_lost")
+
+#: Logs what went wrong, and makes the error that tells of it.
+Report = Callable[[str, BaseException], ApiError]
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,19 @@ GENERATION_ROUTES = [
 ]
 
 
+class Sink(Protocol):
+    """Where a stream goes: a session, or what makes something else of it."""
+
+    def append(self, sse: bytes, /) -> None:
+        """Take SSE text, split anywhere."""
+
+    def end_input(self) -> None:
+        """There is no more."""
+
+    def last_event(self) -> bytes:
+        """The newest whole event, ``b""`` if there is none."""
+
+
 class Upstream:
     """One upstream server. :meth:`open` before the first use, :meth:`close` after the last."""
 
@@ -77,6 +97,8 @@ class Upstream:
         self, locate: Callable[[], str | None], config: Config, key: str | None = None
     ) -> None:
         """`locate` gives the server's URL, or None while it is being started again."""
+        #: Called when a connection could not be made or was lost, to look what is the matter.
+        self.on_loss: Callable[[], None] = lambda: None
         self._locate = locate
         self._config = config
         self._headers = {}
@@ -108,36 +130,52 @@ class Upstream:
         body: io.BytesIO | None = None,
         *,
         as_is: bool = False,
+        is_probe: bool = False,
     ) -> AsyncIterator[Answer]:
         """One request, entered when a 2xx head has come; the connection is closed on leaving,
         whatever is left of the answer. `path` is percent-encoded and may have a query. `body` is
         closed, and its memory free, when the answer has begun.
 
         `as_is` is for who passes on the head, too: a 304 is an answer like any, and the body comes
-        in an encoding that the `headers` accept.
+        in an encoding that the `headers` accept. `is_probe` is for a look at the upstream's health:
+        what fails is no news then.
 
         Raises:
             ApiError: for every failure of the upstream, its error statuses included.
         """
         first_byte_timeout_s = self._config.upstream_first_byte_timeout_s
+        level = logging.DEBUG if is_probe else logging.WARNING
+
+        def report(reason: str, error: BaseException) -> ApiError:
+            """The full story goes to the log; the client gets the reason's fixed words."""
+            log.log(level, "%s: %s: %s", reason, type(error).__name__, error)
+            if reason in _LOSSES and not is_probe:
+                self.on_loss()
+            return ApiError(reason)
+
         try:
             async with asyncio.timeout(first_byte_timeout_s) as deadline:
-                response = await self._request(method, path, headers, body)
+                response = await self._request(method, path, headers, body, report)
                 try:
                     if not (as_is and response.status == 304):
-                        await _raise_for_status(response)
+                        await _raise_for_status(response, level)
                     if not as_is:
                         _raise_for_encoding(response)
                     if body is not None:
                         body.close()
-                    yield Answer(response, deadline, self._config.upstream_idle_timeout_s)
+                    yield Answer(response, deadline, self._config.upstream_idle_timeout_s, report)
                 finally:
                     response.close()
         except TimeoutError as error:
-            raise _logged("upstream_timeout", error) from error
+            raise report("upstream_timeout", error) from error
 
     async def _request(
-        self, method: str, path: str, headers: Mapping[str, str], body: io.BytesIO | None
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        body: io.BytesIO | None,
+        report: Report,
     ) -> aiohttp.ClientResponse:
         # The routes begin with /v1: take the form that OpenAI's SDKs want, too.
         base_url = (self._locate() or "").rstrip("/").removesuffix("/v1")
@@ -153,20 +191,20 @@ class Upstream:
                 allow_redirects=False,
             )
         except aiohttp.ServerTimeoutError as error:
-            raise _logged("upstream_timeout", error) from error
+            raise report("upstream_timeout", error) from error
         except aiohttp.ClientConnectorError as error:
-            raise _logged("upstream_unreachable", error) from error
+            raise report("upstream_unreachable", error) from error
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-            raise _logged("upstream_lost", error) from error
+            raise report("upstream_lost", error) from error
         except (aiohttp.ClientError, ValueError) as error:  # a head that isn't HTTP
-            raise _logged("upstream_invalid", error) from error
+            raise report("upstream_invalid", error) from error
 
     async def generate(
         self,
         route: Route,
         headers: Mapping[str, str],
         body: io.BytesIO,
-        session: StreamSession,
+        session: Sink,
         begin: Callable[[], None],
     ) -> str | None:
         """Stream one generation into `session`; `begin` is called when the upstream has agreed.
@@ -193,27 +231,77 @@ class Upstream:
         session.end_input()
         return None if route.is_terminator(session.last_event()) else "unterminated"
 
-    async def is_healthy(self) -> bool:
-        """Whether it answers ``GET /health``, or where it has none ``GET /v1/models``."""
+    async def ask_health(self) -> ApiError | None:
+        """What ails it, None if nothing does: it answers ``GET /health``, or where it has none
+        ``GET /v1/models``. A server that knows neither route is there, too."""
         for path in ("/health", "/v1/models"):
             try:
-                async with asyncio.timeout(_HEALTH_TIMEOUT_S), self.exchange("GET", path, {}):
-                    return True
+                async with (
+                    asyncio.timeout(_HEALTH_TIMEOUT_S),
+                    self.exchange("GET", path, {}, is_probe=True),
+                ):
+                    return None
             except TimeoutError:
-                return False
+                return ApiError("upstream_timeout")
             except ApiError as error:
-                if error.status != 404:
-                    return False
-        return False
+                if error.status >= 500:
+                    return error
+        return None
+
+    async def read_total_slots(self) -> int | None:
+        """How many generations llama.cpp runs at once; None where nothing tells."""
+        props = await self._read_json("/props")
+        slots = props.get("total_slots") if isinstance(props, dict) else None
+        return slots if isinstance(slots, int) and slots > 0 else None
+
+    async def _read_json(self, path: str) -> Any:
+        """The parsed answer; None where there is none, or not in the time of a health check."""
+        body = b""
+        try:
+            async with (
+                asyncio.timeout(_HEALTH_TIMEOUT_S),
+                self.exchange("GET", path, {}, is_probe=True) as answer,
+            ):
+                while len(body) < _MAX_PROPS_BYTES and (block := await answer.read_block()):
+                    body += block
+            return orjson.loads(body)
+        except (TimeoutError, ApiError, orjson.JSONDecodeError):
+            return None
+
+    async def warm_up(self, model: str, prompt: str) -> None:
+        """Generate one token.
+
+        Raises:
+            ApiError: it cannot.
+        """
+        question = {
+            "model": model,
+            "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": 1,
+            "stream": False,
+        }
+        headers = {"Content-Type": "application/json"}
+        body = io.BytesIO(orjson.dumps(question))
+        async with self.exchange("POST", "/v1/chat/completions", headers, body) as answer:
+            told = b""
+            while block := await answer.read_block():
+                told += block
+        if b'"choices"' not in told:
+            raise ApiError("upstream_invalid")
 
 
 class Answer:
     """An upstream's answer whose head has come, with its body under the time limits."""
 
     def __init__(
-        self, response: aiohttp.ClientResponse, deadline: asyncio.Timeout, idle_timeout_s: float
+        self,
+        response: aiohttp.ClientResponse,
+        deadline: asyncio.Timeout,
+        idle_timeout_s: float,
+        report: Report,
     ) -> None:
         self._response = response
+        self._report = report
         self._deadline = deadline
         self._idle_timeout_s = idle_timeout_s
         self._waits_for_first_byte = True
@@ -233,20 +321,14 @@ class Answer:
         try:
             block = await self._response.content.readany()
         except (aiohttp.ClientError, ConnectionError) as error:
-            raise _logged("upstream_lost", error) from error
+            raise self._report("upstream_lost", error) from error
         # What the caller does with it is not the upstream's time.
         self._deadline.reschedule(None)
         self._waits_for_first_byte = False
         return block
 
 
-def _logged(reason: str, error: BaseException) -> ApiError:
-    """The full story goes to the log; the client gets the reason's fixed words."""
-    log.warning("%s: %s: %s", reason, type(error).__name__, error)
-    return ApiError(reason)
-
-
-async def _raise_for_status(response: aiohttp.ClientResponse) -> None:
+async def _raise_for_status(response: aiohttp.ClientResponse, level: int) -> None:
     """Do nothing for a 2xx.
 
     Raises:
@@ -257,10 +339,10 @@ async def _raise_for_status(response: aiohttp.ClientResponse) -> None:
     if 200 <= status < 300:
         return
     if status < 400 or status > 599:
-        log.warning("upstream answered with status %d to %s", status, response.url.path)
+        log.log(level, "upstream answered with status %d to %s", status, response.url.path)
         raise ApiError("upstream_invalid")
     told = await _read_error(response)
-    log.warning("upstream answered %d to %s: %.2000r", status, response.url.path, told)
+    log.log(level, "upstream answered %d to %s: %.2000r", status, response.url.path, told)
     if status in (401, 403):
         raise ApiError("upstream_auth")
     message = told.get("message")

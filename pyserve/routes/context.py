@@ -10,8 +10,11 @@ from aiohttp import web
 
 from pyserve.config import Config
 from pyserve.errors import ApiError
+from pyserve.jobs.registry import JobRegistry
 from pyserve.producers.generation import Generations
-from pyserve.producers.upstream import Upstream
+from pyserve.scheduling.models import ModelRegistry
+from pyserve.scheduling.scheduler import Scheduler
+from pyserve.scheduling.versions import ModelVersion
 from pyserve.sessions import SINGLE_OWNER, StreamSessionManager
 
 #: Names the owner of a request; raises a web.HTTPException or ApiError for who may not come in.
@@ -30,8 +33,10 @@ class Context:
     config: Config
     manager: StreamSessionManager
     generations: Generations
+    models: ModelRegistry
+    scheduler: Scheduler
+    jobs: JobRegistry
     authenticate: Authenticate = single_owner
-    upstream: Upstream | None = None
     draining: bool = False
 
     async def owner_of(self, request: web.Request) -> str:
@@ -39,15 +44,21 @@ class Context:
         owner = self.authenticate(request)
         return await owner if inspect.isawaitable(owner) else owner
 
-    def require_upstream(self) -> Upstream:
-        """The upstream.
+    def refuse_if_draining(self) -> None:
+        """Raise ApiError, reason ``shutdown``, when nothing new is to begin."""
+        if self.draining:
+            raise ApiError("shutdown", retry_after_s=1)
+
+    def serving_version(self, model: str | None = None) -> ModelVersion:
+        """The version that serves a model, by default the first one, for what needs no slot.
 
         Raises:
-            ApiError: reason ``not_found``; the application has only its own producers.
+            ApiError: reason ``model_not_found``, ``model_loading``.
         """
-        if self.upstream is None:
-            raise ApiError("not_found")
-        return self.upstream
+        version = self.models.find(model).serving
+        if version is None:
+            raise ApiError("model_loading", retry_after_s=1)
+        return version
 
 
 CONTEXT = web.AppKey("pyserve.context", Context)

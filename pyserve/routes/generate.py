@@ -6,6 +6,7 @@ import asyncio
 import functools
 import hashlib
 import io
+from collections.abc import Callable
 
 from aiohttp import web
 
@@ -13,13 +14,17 @@ from pyserve.delivery import stream_response
 from pyserve.errors import ApiError
 from pyserve.positions import EARLIEST, START
 from pyserve.producers.upstream import GENERATION_ROUTES, Route
-from pyserve.requests import conversation_id_of_post, parse_json_object, read_body
+from pyserve.requests import (
+    conversation_id_of_post,
+    idempotency_key_of,
+    parse_json_object,
+    read_body,
+)
 from pyserve.routes.context import Context, context_of
-from pyserve.routes.proxy import forward, request_headers
+from pyserve.routes.proxy import forward_generation, model_of, request_headers
 from pyserve.sessions import StreamSession
 
 _CONFLICT_MODES = ("replace", "reject", "attach")
-_MAX_IDEMPOTENCY_KEY_CHARS = 255
 
 
 def add_generation_routes(app: web.Application) -> None:
@@ -32,14 +37,14 @@ async def _generate(route: Route, request: web.Request) -> web.StreamResponse:
     arrived = asyncio.get_running_loop().time()
     context = context_of(request)
     owner = await context.owner_of(request)
-    upstream = context.require_upstream()
     body = await read_body(request, context.config)
-    wants_stream = parse_json_object(body).get("stream") is True
+    question = parse_json_object(body)
+    wants_stream = question.get("stream") is True
+    model = model_of(question)
+    del question
     conversation_id = conversation_id_of_post(request)
     if conversation_id is None or not wants_stream:
-        _refuse_if_draining(context)
-        with context.generations.passing():
-            return await forward(request, upstream, route.path, io.BytesIO(body))
+        return await forward_generation(request, route.path, model, owner, body)
 
     conflict_mode = _conflict_mode(request)
     tag = _idempotency_tag(route, request, body)
@@ -54,11 +59,12 @@ async def _generate(route: Route, request: web.Request) -> web.StreamResponse:
             return await stream_response(request, present, EARLIEST)
         if present.is_live and conflict_mode == "reject":
             raise ApiError("session_active", epoch=present.epoch)
-    _refuse_if_draining(context)
+    context.refuse_if_draining()
+    context.scheduler.check(model)  # before a live stream makes room for what cannot be
 
     generation = context.generations.start(
         conversation_id,
-        functools.partial(upstream.generate, route, request_headers(request), upload),
+        functools.partial(_produce, context, route, model, owner, request_headers(request), upload),
         owner=owner,
         dialect=route.dialect,
         tag=tag,
@@ -69,9 +75,20 @@ async def _generate(route: Route, request: web.Request) -> web.StreamResponse:
     return await stream_response(request, generation.session, START)
 
 
-def _refuse_if_draining(context: Context) -> None:
-    if context.draining:
-        raise ApiError("shutdown", retry_after_s=1)
+async def _produce(
+    context: Context,
+    route: Route,
+    model: str | None,
+    owner: str,
+    headers: dict[str, str],
+    upload: io.BytesIO,
+    session: StreamSession,
+    begin: Callable[[], None],
+) -> str | None:
+    async with context.scheduler.admit(model, owner) as slot:
+        body = io.BytesIO(slot.adapt(upload.getvalue()))
+        upload.close()
+        return await slot.upstream.generate(route, headers, body, session, begin)
 
 
 def _conflict_mode(request: web.Request) -> str:
@@ -83,9 +100,7 @@ def _conflict_mode(request: web.Request) -> str:
 
 def _idempotency_tag(route: Route, request: web.Request, body: bytes) -> bytes:
     """Route, key and a digest of the body, for the session to carry; empty without a key."""
-    key = request.headers.get("Idempotency-Key", "")
-    if len(key) > _MAX_IDEMPOTENCY_KEY_CHARS:
-        raise ApiError("invalid_parameter", "Idempotency-Key is longer than 255 characters")
+    key = idempotency_key_of(request)
     if not key:
         return b""
     scope = f"{route.path}\n{key}".encode(errors="surrogateescape")

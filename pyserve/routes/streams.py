@@ -9,8 +9,14 @@ from aiohttp import hdrs, web
 
 from pyserve.delivery import stream_response
 from pyserve.errors import ApiError
-from pyserve.requests import conversation_id_in_url, parse_json_object, query_values, read_body
-from pyserve.routes.context import context_of
+from pyserve.requests import (
+    conversation_id_in_url,
+    parse_json_object,
+    query_values,
+    read_body,
+    sole_query_value,
+)
+from pyserve.routes.context import Context, context_of
 from pyserve.sessions import StreamSession
 
 #: llama.cpp's page sends every conversation it knows.
@@ -19,7 +25,8 @@ MAX_LOOKUP_BODY_BYTES = 2 * 1024 * 1024
 
 
 def add_stream_routes(app: web.Application) -> None:
-    """``/v1/stream/<id>``, ``/v1/stream?conv_id=<id>`` and ``/v1/streams/lookup``."""
+    """``/v1/stream/<id>``, ``/v1/stream?conv_id=<id>`` (or ``job_id``, ``stream_id``) and
+    ``/v1/streams/lookup``."""
     for path in ("/v1/stream", "/v1/stream/{conversation_id:(?s:.*)}"):
         app.router.add_get(path, _read, allow_head=False)
         # aiohttp would run the GET for it, to its end.
@@ -31,8 +38,11 @@ def add_stream_routes(app: web.Application) -> None:
 async def _read(request: web.Request) -> web.StreamResponse:
     context = context_of(request)
     owner = await context.owner_of(request)
-    conversation_id = conversation_id_in_url(request)
-    session = context.manager.get(conversation_id, owner=owner)
+    kind, name = _named_stream(request)
+    if kind == "conv_id":
+        session = context.manager.newest(name, owner=owner)
+    else:
+        session = _find(context, kind, name, owner)
     if session is None:
         raise ApiError("stream_not_found")
     return await stream_response(request, session)
@@ -41,21 +51,63 @@ async def _read(request: web.Request) -> web.StreamResponse:
 async def _stop(request: web.Request) -> web.Response:
     context = context_of(request)
     owner = await context.owner_of(request)
-    conversation_id = conversation_id_in_url(request)
-    session = context.manager.get(conversation_id, owner=owner)
-    if session is not None:
-        _check_if_match(request, session)
-        if query_values(request, "keep") == ["true"]:
+    kind, name = _named_stream(request)
+    if kind == "conv_id":
+        sessions = context.manager.sessions_of(name, owner=owner)
+    else:
+        found = _find(context, kind, name, owner)
+        sessions = [] if found is None else [found]
+    keep = query_values(request, "keep") == ["true"]
+    for session in _matching(request, sessions):
+        if keep:
             session.cancel()
         else:
-            context.manager.evict_and_cancel(conversation_id, owner=owner, epoch=session.epoch)
+            key, epoch = session.key, session.epoch
+            context.manager.evict_and_cancel(key, owner=owner, epoch=epoch)
+            context.jobs.forget(session)
     return web.Response(status=204)
 
 
-def _check_if_match(request: web.Request, session: StreamSession) -> None:
+def _named_stream(request: web.Request) -> tuple[str, str]:
+    """By what the request names a stream, and the name.
+
+    Raises:
+        ApiError: reason ``invalid_parameter`` where it names two; ``invalid_conversation_id``.
+    """
+    in_path = request.match_info.get("conversation_id") is not None
+    others = [name for name in ("job_id", "stream_id") if query_values(request, name)]
+    if not others:
+        return "conv_id", conversation_id_in_url(request)
+    if len(others) > 1 or in_path or query_values(request, "conv_id"):
+        raise ApiError(
+            "invalid_parameter", "A stream is named by one of conv_id, job_id, stream_id"
+        )
+    (kind,) = others
+    return kind, sole_query_value(request, kind, "invalid_parameter")
+
+
+def _find(context: Context, kind: str, name: str, owner: str) -> StreamSession | None:
+    try:
+        if kind == "job_id":
+            return context.jobs.get(name, owner)[1]
+        return context.jobs.streams.get(name, owner)
+    except ApiError:
+        return None
+
+
+def _matching(request: web.Request, sessions: list[StreamSession]) -> list[StreamSession]:
+    """Those that ``If-Match`` means, all of them without one.
+
+    Raises:
+        ApiError: reason ``epoch_mismatch``: there are only others.
+    """
     wanted = request.headers.get(hdrs.IF_MATCH)
-    if wanted is not None and wanted not in ("*", f'"{session.epoch}"'):
-        raise ApiError("epoch_mismatch", epoch=session.epoch)
+    if wanted is None or wanted == "*":
+        return sessions
+    matching = [session for session in sessions if wanted == f'"{session.epoch}"']
+    if sessions and not matching:
+        raise ApiError("epoch_mismatch", epoch=sessions[-1].epoch)
+    return matching
 
 
 async def _lookup(request: web.Request) -> web.Response:

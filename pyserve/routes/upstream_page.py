@@ -62,7 +62,7 @@ async def _fetch(request: web.Request, path: str) -> web.Response:
     Raises:
         ApiError: the upstream failed.
     """
-    upstream = context_of(request).require_upstream()
+    upstream = context_of(request).serving_version().upstream
     asked = {str(name): request.headers[name] for name in _PASSED_ON if name in request.headers}
     async with upstream.exchange(request.method, path, asked, as_is=True) as answer:
         body = bytearray()

@@ -117,6 +117,68 @@ TEST_CASE("lookup: each id, then all that begins with it and ::, each session on
   CHECK(manager->lookup("nobody", {"x"}).empty());
 }
 
+TEST_CASE("lookup: a conversation's subkeys belong to it, in their order, and to no other") {
+  const TestManager manager;
+  for (const char* id : {"a\x1f"
+                         "2",
+                         "a",
+                         "a\x1f"
+                         "1",
+                         "ab\x1f"
+                         "1",
+                         "a::m\x1f"
+                         "1"}) {
+    manager.create(id);
+  }
+  CHECK(ids_of(manager->lookup("owner", {"a"})) == Ids{"a",
+                                                       "a\x1f"
+                                                       "1",
+                                                       "a\x1f"
+                                                       "2",
+                                                       "a::m\x1f"
+                                                       "1"});
+  CHECK(ids_of(manager->lookup("owner", {"ab"})) == Ids{"ab\x1f"
+                                                        "1"});
+}
+
+TEST_CASE("newest: the younger of a conversation's own session and the last of its subkeys") {
+  const TestManager manager;
+  const auto newest = [&](const std::string& id, const std::string& owner = "owner") {
+    return manager->newest({owner, id});
+  };
+  CHECK(newest("a") == nullptr);
+  const SessionPtr own = manager.create("a");
+  CHECK(newest("a") == own);
+  manager.create(
+      "a\x1f"
+      "1");
+  const SessionPtr second = manager.create(
+      "a\x1f"
+      "2");
+  manager.create(
+      "a\x1f"
+      "3",
+      "another");
+  manager.create("a ");
+  manager.create(
+      "a::m\x1f"
+      "4");
+  CHECK(newest("a") == second);
+  const SessionPtr replacement = manager.create("a");
+  CHECK(newest("a") == replacement);
+  CHECK(newest("a", "nobody") == nullptr);
+  CHECK(newest("") == nullptr);
+}
+
+TEST_CASE("newest: a log whose TTL is over is none") {
+  const TestManager manager;
+  manager.create_finished(
+      "a\x1f"
+      "1");
+  manager.clock->advance_ns(kTtl);
+  CHECK(manager->newest({"owner", "a"}) == nullptr);
+}
+
 TEST_CASE("live_sessions are those that are queued or streaming and not evicted") {
   const TestManager manager;
   manager.create("queued");

@@ -276,5 +276,46 @@ TEST_CASE("over the budget, the observer frees first; only then the growing log 
   CHECK(reclaimer->ended == 1);
 }
 
+// --- what is told before the start and at a stop
+
+TEST_CASE("an announcement is an event of the log and leaves the session queued") {
+  const LoneSession session;
+  CHECK(session->announce("place 1", "queued") == AppendStatus::ok);
+  CHECK(session->snapshot().state == State::queued);
+  CHECK(read_all(*session) == reference_event("event: queued\ndata: place 1\n", true, "e", 0));
+  CHECK(session->start());
+  CHECK(session->announce("late", "queued") == AppendStatus::ok);
+  CHECK(session->snapshot().state == State::streaming);
+  session->cancel();
+  CHECK(session->announce("too late", "queued") == AppendStatus::ended);
+}
+
+TEST_CASE("a cancel may have a last event, and drops one that is not whole") {
+  const LoneSession session;
+  session->append("data: half");
+  CHECK(session->cancel("cancelled", "event: over\ndata: 1\n\n"));
+  CHECK_FALSE(session->cancel("again", "data: 2\n\n"));
+  CHECK(read_all(*session) ==
+        reference_event("event: over\ndata: 1\n", true, "e", 0) + ": end cancelled\n");
+}
+
+TEST_CASE("a session knows for how long nobody has read it") {
+  const LoneSession session;
+  const auto unread_ns = [&] { return session->snapshot().unread_ns; };
+  CHECK(unread_ns() == 0);
+  session.clock->advance_ns(5);
+  CHECK(unread_ns() == 5);
+  session->attach_reader();
+  session->attach_reader();
+  session.clock->advance_ns(5);
+  CHECK(unread_ns() == 0);
+  session->detach_reader();
+  session.clock->advance_ns(5);
+  CHECK(unread_ns() == 0);
+  session->detach_reader();
+  session.clock->advance_ns(7);
+  CHECK(unread_ns() == 7);
+}
+
 }  // namespace
 }  // namespace pyserve

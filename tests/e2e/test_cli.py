@@ -65,6 +65,19 @@ def test_version_is_the_package_s() -> None:
             ["--upstream", "http://127.0.0.1:9", "--upstream-key-file", "/nowhere"],
             "upstream_key_file cannot be read: No such file or directory",
         ),
+        (["--upstream", "a=localhost"], "a: upstream must be an http:// or https:// URL"),
+        (["--model", "a=/nowhere.gguf"], "a: there is no file /nowhere.gguf"),
+        (
+            ["--upstream", "http://127.0.0.1:9", "--upstream", "http://127.0.0.1:8"],
+            "--upstream: only one source of generations may go without a name",
+        ),
+        (
+            ["--upstream", "http://127.0.0.1:9", "--upstream", "b=http://127.0.0.1:8"],
+            "give each source of generations a name, or have only one",
+        ),
+        (["--max-priority", "urgent"], "'urgent' is not one of 'high', 'normal'"),
+        (["--admin-key-file", "/nowhere"], "admin_key_file cannot be read"),
+        (["--config", "/nowhere.toml"], "/nowhere.toml cannot be read: No such file"),
         (["--no-such-option"], "No such option '--no-such-option'"),
         (["argument"], "unexpected extra argument"),
     ],
@@ -94,6 +107,49 @@ def test_environment_variables_are_settings_and_options_win_over_them() -> None:
     assert "max_total_bytes (65536) is less than max_session_bytes (131072)" in output
     with pyserve("--max-session-bytes", "4KiB", env=environment(PYSERVE_PORT="1", **limits)):
         pass
+
+
+async def test_sources_may_have_names(llama: Server, http: aiohttp.ClientSession) -> None:
+    second = f"b={llama.url}"
+    with pyserve("--upstream", f"a={llama.url}", "--upstream", second) as server:
+        async with http.get(f"{server.url}/v1/models") as answer:
+            told = (await answer.json())["data"]
+    assert [model["id"] for model in told] == ["a", "b"]
+
+
+async def test_an_environment_variable_may_name_several(http: aiohttp.ClientSession) -> None:
+    env = environment(PYSERVE_UPSTREAM="a=http://127.0.0.1:9 b=http://127.0.0.1:9/x=y")
+    with pyserve(env=env) as server:
+        async with http.get(f"{server.url}/v1/models") as answer:
+            told = (await answer.json())["data"]
+    assert [model["id"] for model in told] == ["a", "b"]
+
+
+def test_a_file_in_the_folder_is_read_and_options_and_variables_win_over_it(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "pyserve.toml"
+    file.write_text('max_total_bytes = "64KiB"\nmax_session_bytes = "128KiB"\n')
+
+    def complaint(*arguments: str, **env: str) -> str:
+        with Process(
+            pyserve_command("serve", *arguments), environment(**env), folder=tmp_path
+        ) as process:
+            assert process.wait() == 1
+        return process.output
+
+    assert "(65536) is less than max_session_bytes (131072)" in complaint()
+    assert "(65536) is less than max_session_bytes (262144)" in complaint(
+        PYSERVE_MAX_SESSION_BYTES="256KiB"
+    )
+    assert "(65536) is less than max_session_bytes (524288)" in complaint(
+        "--max-session-bytes", "512KiB", PYSERVE_MAX_SESSION_BYTES="256KiB"
+    )
+    file.write_text("prot = 1\n")
+    assert (
+        complaint()
+        == "Error: pyserve.toml: settings: there is no key 'prot', did you mean 'port'?\n"
+    )
 
 
 def test_a_wrong_environment_variable_is_named() -> None:

@@ -126,8 +126,10 @@ async def all_slots_busy(llama: Server, http: aiohttp.ClientSession) -> AsyncIte
 async def test_a_stop_while_waiting_for_a_slot_answers_the_post_and_leaves_the_queue(
     llama: Server, http: aiohttp.ClientSession
 ) -> None:
+    # Unasked, so that pyserve knows of no slots: the queue is llama.cpp's own.
+    settings = ("--status-grace", "30", "--health-interval", "0")
     async with tap(llama.url) as wire:
-        with pyserve("--upstream", wire.url, "--status-grace", "30") as server:
+        with pyserve("--upstream", wire.url, *settings) as server:
             async with all_slots_busy(llama, http):
                 conversation = Conversation(http, server.url)
                 async with asyncio.TaskGroup() as group:

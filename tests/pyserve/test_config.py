@@ -13,6 +13,7 @@ from pyserve import Config, ConfigError
 from pyserve.config import Setting, settings
 
 SETTINGS = list(settings())
+COUNTS = re.compile(r"(port|model_slots|max_(queue|connections|.*_per_owner))$")
 WITH_MINIMUM = [setting for setting in SETTINGS if setting.minimum is not None]
 
 
@@ -57,7 +58,7 @@ def test_no_two_settings_share_an_option_or_a_variable() -> None:
 def test_a_quantity_has_its_unit_in_its_name(setting: Setting) -> None:
     if setting.type is float:
         assert setting.unit in ("seconds", "milliseconds")
-    elif setting.type is int and setting.name not in ("port", "model_slots"):
+    elif setting.type is int and not COUNTS.match(setting.name):
         assert setting.unit in ("bytes", "tokens")
     else:
         assert setting.unit == ""

@@ -8,6 +8,7 @@ import pytest
 import pyserve
 from pyserve import errors
 from pyserve.errors import ENDING_REASONS, REASONS, ApiError, PyserveError, error_type
+from pyserve.jobs.translator import FINISH_REASONS
 
 # As the contract has them, section by section.
 CONTRACT_STATUS = {
@@ -16,6 +17,7 @@ CONTRACT_STATUS = {
     "offset_ahead": 400,
     "stream_replaced": 409,
     "stream_not_found": 404,
+    "job_not_found": 404,
     "session_active": 409,
     "idempotency_mismatch": 422,
     "replaced": 409,
@@ -62,7 +64,10 @@ def test_the_messages_that_clients_look_for() -> None:
 
 
 def test_an_ending_that_is_no_error_is_documented_too() -> None:
-    assert {"cancelled", "replaced", "unterminated"} == ENDING_REASONS.keys()
+    stopped = {"cancelled", "replaced", "abandoned", "max_runtime"}
+    complete = {"unterminated", "stop", "length", "tool_calls", "content_filter"}
+    assert stopped | complete == ENDING_REASONS.keys()
+    assert complete - {"unterminated"} == FINISH_REASONS
 
 
 @pytest.mark.parametrize("status", [*range(400, 430), *range(500, 512)])

@@ -18,13 +18,16 @@ PACKAGE = ROOT / "pyserve"
 FLOORS = [
     {"_core"},
     {"errors"},
-    {"config", "positions", "process", "wakeups"},
-    {"sessions", "client"},
+    {"model_config", "positions", "process", "wakeups"},
+    {"config"},
+    {"config_file", "sessions", "client"},
     {"requests", "sender"},
     {"producers", "delivery"},
+    {"scheduling"},
+    {"jobs"},
     {"routes"},
     {"app"},
-    {"commands"},
+    {"commands", "inference_server"},
     {"cli"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -153,7 +153,7 @@ async def test_another_method_is_405_and_names_those_there_are(
 @pytest.mark.parametrize(
     "target",
     [
-        *("/v1", "/v1/streams", "/v1/streams/", "/v1/nothing", "//v1/stream/c"),
+        *("/v1", "/v1/streams/", "/v1/nothing", "//v1/stream/c"),
         *("/v1/stre%2Fam/c", "/../v1/stream/c", "/v1/models/", "/slots/0", "/%00", "/%FF"),
     ],
 )

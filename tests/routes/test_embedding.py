@@ -43,7 +43,12 @@ async def embed(upstream: FakeUpstream) -> AsyncIterator[Embed]:
                 return web.Response(text=f"own {len(await request.read())}")
 
             app.router.add_route("*", "/own", own)
-            manager = setup(app, pyserve.Config(upstream=upstream.url), prefix=prefix, **keywords)
+            manager = setup(
+                app,
+                pyserve.Config(upstream=upstream.url, health_interval_s=0),
+                prefix=prefix,
+                **keywords,
+            )
 
             async def stream_own(request: web.Request) -> web.StreamResponse:
                 session = manager.get(request.match_info["name"])
@@ -123,7 +128,9 @@ async def test_errors_under_the_prefix_have_pyserves_shape(embed: Embed) -> None
 async def test_create_app_can_be_added_by_hand_twice(upstream: FakeUpstream) -> None:
     app = web.Application()
     for prefix in ("/one", "/two"):
-        app.add_subapp(prefix, create_app(pyserve.Config(upstream=upstream.url)))
+        app.add_subapp(
+            prefix, create_app(pyserve.Config(upstream=upstream.url, health_interval_s=0))
+        )
     async with serving(app) as server:
         upstream.play(stream(DONE))
         headers = {"X-Conversation-Id": "c"}

@@ -26,10 +26,9 @@ _SLOT_POLL_S = 0.002
 _ids = itertools.count(1)
 
 
-@contextmanager
-def llama_server(model: Path) -> Iterator[Server]:
-    """llama.cpp on a free port, one thread, 4 slots."""
-    command = [
+def llama_command(model: Path) -> list[str | Path]:
+    """Starts llama.cpp on a free port: one thread, 4 slots."""
+    return [
         *(sys.executable, "-m", "pyserve.producers.llama_child"),
         *("--model", model),
         *("--port", "0"),
@@ -37,7 +36,12 @@ def llama_server(model: Path) -> Iterator[Server]:
         *("--parallel", str(SLOTS)),
         *("--ctx-size", str(SLOTS * SLOT_CONTEXT_TOKENS)),
     ]
-    with Server(command, environment()) as server:
+
+
+@contextmanager
+def llama_server(model: Path) -> Iterator[Server]:
+    """It runs, and ends well."""
+    with Server(llama_command(model), environment()) as server:
         yield server
         assert server.stop() == 0, server.output
 

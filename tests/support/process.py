@@ -22,7 +22,13 @@ LISTENING = r"listening on (http://\S+)"
 class Process:
     """A running command. Its output, stderr included, is read as it comes."""
 
-    def __init__(self, command: Sequence[str | Path], env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        command: Sequence[str | Path],
+        env: Mapping[str, str] | None = None,
+        *,
+        folder: Path | None = None,
+    ) -> None:
         self._popen = subprocess.Popen(
             [str(word) for word in command],
             stdin=subprocess.DEVNULL,
@@ -31,6 +37,7 @@ class Process:
             text=True,
             errors="replace",
             env=None if env is None else dict(env),
+            cwd=folder,
         )
         self.pid = self._popen.pid
         self._output = ""

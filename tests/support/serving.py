@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -267,10 +267,22 @@ Serve = Callable[..., Awaitable[Server]]
 
 
 @asynccontextmanager
-async def serving(app: web.Application | None = None, **settings: Any) -> AsyncIterator[Server]:
-    """Serve `app`, or pyserve with these settings, on a free port."""
+async def serving(
+    app: web.Application | None = None,
+    *,
+    models: Sequence[pyserve.ModelConfig] | None = None,
+    authenticate: Callable[[web.Request], str] | None = None,
+    **settings: Any,
+) -> AsyncIterator[Server]:
+    """Serve `app`, or pyserve with these models and settings, on a free port.
+
+    Upstreams are not asked for their health unless a setting says so: what comes to a fake one is
+    what the test caused.
+    """
     if app is None:
-        app = pyserve.create_app(pyserve.Config(**settings))
+        settings.setdefault("health_interval_s", 0.0)
+        told = {} if authenticate is None else {"authenticate": authenticate}
+        app = pyserve.create_app(pyserve.Config(**settings), models=models, **told)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     server = Server(app, runner)

@@ -44,15 +44,27 @@ Array = npt.NDArray[np.float32]
 
 
 def write_tiny_model(
-    path: Path, *, seed: int = 0, name: str = "tiny", context_length: int = 32768
+    path: Path,
+    *,
+    seed: int = 0,
+    name: str = "tiny",
+    context_length: int = 32768,
+    initials: str = "",
 ) -> Path:
     """Write the model to `path` and return `path`.
 
     The same `seed` gives the same weights. `context_length` is in tokens; llama.cpp reserves
-    256 bytes of cache for each when it loads the model.
+    256 bytes of cache for each when it loads the model. With `initials` it speaks only words that
+    begin with one of these letters, so that models can be told apart.
     """
     pieces, types = _vocabulary()
-    speakable = np.array([kind == gguf.TokenType.NORMAL for kind in types])
+    speakable = np.array(
+        [
+            kind == gguf.TokenType.NORMAL
+            and (not initials or (piece[:1] == SPACE and piece[1:2] in tuple(initials)))
+            for piece, kind in zip(pieces, types, strict=True)
+        ]
+    )
 
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name(name)
