@@ -172,6 +172,7 @@ class Sender:
     async def _finish(self) -> None:
         """End the body. It is over only when the kernel has it all: what asyncio still holds would
         die with the process, and look like an end."""
+        self._check_open()  # uvloop's transports take no orders once they are closed
         self._transport.set_write_buffer_limits(high=0)
         await self._response.write_eof()
         self._check_open()
@@ -210,6 +211,7 @@ class Sender:
     async def _pump(self, reader: SessionReader) -> bool:
         """As send_log(). False when no descriptor is left; nothing was sent then."""
         # Nothing of ours may be on its way when another writes.
+        self._check_open()
         self._transport.set_write_buffer_limits(high=0)
         await self._writer.drain()
         self._check_open()
