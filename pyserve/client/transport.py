@@ -244,4 +244,6 @@ def cause(error: BaseException) -> str:
         if isinstance(error.os_error, ConnectionRefusedError):
             return "connection refused"
         return error.os_error.strerror or str(error)
+    if isinstance(error, aiohttp.ClientPayloadError):  # its own words name a status that none sent
+        return "the answer broke off"
     return str(error) or type(error).__name__

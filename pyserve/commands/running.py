@@ -43,6 +43,8 @@ class ExitStatus(enum.IntEnum):
     GONE = 3, "no such stream (any more), or not the bytes that were asked for"
     CANCELLED = 4, "it was stopped, or replaced by a newer one"
     UNREACHABLE = 5, "the server cannot be reached, or stayed away too long"
+    # As sysexits.h has it: EX_IOERR.
+    UNWRITABLE = 74, "the output cannot be written; the generation goes on"
     # As shells have it: 128 + SIGINT, 128 + SIGPIPE.
     DETACHED = 130, "detached by Ctrl-C; the generation goes on"
     PIPE_CLOSED = 141, "detached because nobody reads the output; the generation goes on"
@@ -73,6 +75,11 @@ def run(work: Coroutine[Any, Any, ExitStatus], on_interrupt: Callable[[], None])
     except BrokenPipeError:
         _discard_output()
         status = ExitStatus.PIPE_CLOSED
+    except OSError as error:  # of the output: the network's are ClientErrors
+        click.echo(f"Error: the output cannot be written: {error.strerror}", err=True)
+        on_interrupt()
+        _discard_output()
+        status = ExitStatus.UNWRITABLE
     except (ClientError, CommandFailedError) as error:
         failure = _explained(error) if isinstance(error, ClientError) else error
         click.echo(f"Error: {clean(str(failure))}", err=True)
@@ -97,7 +104,10 @@ def _explained(error: ClientError) -> CommandFailedError:
             )
             return CommandFailedError(message, ExitStatus.GONE)
         case GoneError():
-            message = "there is no such stream: it never was, has expired, or was stopped"
+            message = (
+                "there is no such stream: it never was, has expired, was stopped,"
+                " or the server was started anew"
+            )
             return CommandFailedError(message, ExitStatus.GONE)
         case ReplacedError():
             message = "the stream was replaced by a newer one"

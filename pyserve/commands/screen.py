@@ -46,6 +46,7 @@ class Screen:
         if isinstance(out, io.TextIOWrapper):
             out.reconfigure(errors="replace")
         self._is_terminal = out.isatty()
+        self._held_back = ""
         self._at_line_start = True
         self._in_reasoning = False
         self._connected = False
@@ -65,9 +66,15 @@ class Screen:
 
     def _write(self, text: str, *, dim: bool = False) -> None:
         if self._is_terminal:
-            text = clean(text)
+            text = clean(self._join_line_ends(text))
         self._at_line_start = text.endswith("\n")
         self._out.write(click.style(text, dim=True) if dim else text)
+
+    def _join_line_ends(self, text: str) -> str:
+        """CRLF is a line end, also where a token ends between the two."""
+        text = self._held_back + text
+        self._held_back = "\r" if text.endswith("\r") else ""
+        return text.removesuffix("\r").replace("\r\n", "\n")
 
     def end_line(self) -> None:
         """On a terminal, what follows stands on a line of its own."""

@@ -6,6 +6,7 @@ import asyncio
 import re
 import shlex
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -169,6 +170,27 @@ async def test_a_question_whose_answer_nobody_reads_any_more_goes_on(
     told = (process.returncode, output, errors)
     assert told == (141, b"Hello", b"conversation: chat\n")
     assert generating.session("chat").is_live
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("options", [[], ["--raw"]])
+async def test_output_that_cannot_be_written_is_one_line_and_the_way_back(
+    server: Server, options: list[str]
+) -> None:
+    add_tokens(server, "Hello")
+    with Path("/dev/full").open("wb") as full:
+        process = await asyncio.create_subprocess_exec(
+            *map(str, pyserve_command("attach", *options, server.url, "chat")),
+            stdout=full,
+            stderr=asyncio.subprocess.PIPE,
+            env=environment(),
+        )
+        _, errors = await process.communicate()
+    first, *way_back = errors.decode().splitlines()
+    assert first == "Error: the output cannot be written: No space left on device"
+    assert any("pyserve attach" in line for line in way_back)
+    assert process.returncode == 74
+    assert server.session("chat").is_live
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-"])

@@ -163,6 +163,14 @@ async def test_on_a_terminal_thoughts_are_dimmed_and_nothing_moves_the_cursor(
     assert attached.out.text == "a\x1b[2Jb"  # a file gets the answer, as it is
 
 
+async def test_on_a_terminal_crlf_is_a_line_end_wherever_tokens_part_it(server: Server) -> None:
+    add_tokens(server, "one\r\ntwo\r", "\nthree\rfour")
+    server.session("chat").finalize()
+    async with run("attach", url_of(server), "chat", terminal=True) as attached:
+        await attached.finished()
+    assert attached.out.text == "one\r\ntwo\r\nthree\N{REPLACEMENT CHARACTER}four\r\n"
+
+
 async def test_bytes_that_are_no_longer_kept_are_told_and_never_missing_from_raw() -> None:
     async with serving(max_session_bytes=4096) as server:
         session = server.manager.create_or_replace("chat")
