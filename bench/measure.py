@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any
 
@@ -14,11 +15,22 @@ _LEAVE_TIMEOUT_S = 2.0
 
 
 def run_once(contestant: Contestant, point: Point) -> Run:
-    """Measure from the first event on where readers attach before it, else from the first connect.
+    """One run; where the point asks for it, a second one with a single reader.
 
     Raises:
         BenchError: a reader did not get every byte, or a server died.
     """
+    run = _run(contestant, point)
+    if point.has_delivery_alone:
+        single = _run(contestant, dataclasses.replace(point, readers=1))
+        run["delivery_cpu_s"] = run["cpu_s"] - single["cpu_s"]
+        run["delivery_events"] = run["events"] - single["events"]
+    return run
+
+
+def _run(contestant: Contestant, point: Point) -> Run:
+    """Measure from the first event on where readers attach before it, else from the first
+    connect."""
     options = _client_options(point) + contestant.prepare(point)
     before = _look(contestant)
     start = before

@@ -37,6 +37,13 @@ def _cpu_us(run: Run, _point: Point) -> float:
     return float(run["cpu_s"] * 1e6 / run["events"])
 
 
+def _delivery_us(run: Run, _point: Point) -> float | None:
+    if not run.get("delivery_events"):
+        return None
+    return float(run["delivery_cpu_s"] * 1e6 / run["delivery_events"])
+
+
+DELIVERY = Metric("delivery_us_per_event", "delivery alone µs/event", _delivery_us)
 CPU = Metric("cpu_us_per_event", "CPU µs/event", _cpu_us)
 CPU_READER = Metric("cpu_ms_per_reader", "CPU ms/reader", _per_reader)
 LATENCY = [
@@ -77,6 +84,8 @@ _OF_WAY = {
 def metrics_of(point: Point) -> list[Metric]:
     """What is told of a point; the first is what it is about."""
     metrics = list(_OF_WAY[point.way])
+    if point.has_delivery_alone:
+        metrics.insert(0, DELIVERY)
     if point.group == "burst":
         metrics.insert(1, ELAPSED)
     if point.readers >= 1000:

@@ -39,6 +39,17 @@ class Point:
     #: Rounds are fewer where one takes long.
     most_rounds: int = 1000
 
+    @property
+    def has_delivery_alone(self) -> bool:
+        """Whether the same producer with one reader is measured, too: what the other readers cost
+        beyond that is delivery alone, without the producer and its timer."""
+        return bool(self.way == "live" and self.rate and self.readers > 1 and self.pays_producer)
+
+    @property
+    def pays_producer(self) -> bool:
+        """Whether the events are made in the process that is measured."""
+        return not any("upstream" in server for server in self.servers)
+
     def shortened(self, share: float) -> Point:
         """The same with fewer events, readers and batches."""
         return replace(
@@ -62,7 +73,7 @@ def _fan_out() -> list[Point]:
             title=f"{_count(readers, 'reader')} of one stream, 200 events/s",
             readers=readers,
             rate=200,
-            events=400,
+            events=800,
         )
         for readers in (1, 10, 100, 1000)
     ]
@@ -91,7 +102,7 @@ def _streams() -> list[Point]:
             streams=streams,
             readers=streams,
             rate=50,
-            events=100,
+            events=200,
         )
         for streams in (100, 1000)
     ]
