@@ -166,7 +166,10 @@ export interface Client {
 
 export function createClient(options?: ClientOptions): Client;
 
-/** Of a client whose base is the folder that pyserve.js came from. */
+/**
+ * Of a client whose base is the folder that pyserve.js came from. In a bundle that does not know it
+ * is the page's folder; where there is no page (Node), use `createClient` with a `base`: these throw.
+ */
 export const attach: Client["attach"];
 export const submit: Client["submit"];
 export const stop: Client["stop"];

@@ -594,7 +594,22 @@ export function createClient({ base = "./", authorize, fetch, ...defaults } = {}
   return client;
 }
 
-// Where this file was served from there is a pyserve, whatever prefix a proxy has put before it.
-export const { attach, submit, stop, lookup, streamUrl } = createClient({
-  base: new URL(".", import.meta.url),
-});
+/** @type {Client | undefined} */
+let own;
+
+/** Where this file was served from there is a pyserve, whatever prefix a proxy has put before it. */
+function ownClient() {
+  // A bundle may not know where it came from: then it is where its page is.
+  const known = [import.meta.url, globalThis.document?.baseURI].find((url) => /^https?:/.test(url ?? ""));
+  if (!known) throw new Error("pyserve.js does not know where its server is: give createClient a base");
+  return (own ??= createClient({ base: new URL(".", known) }));
+}
+
+/** @template {keyof Client} Name @param {Name} name @returns {Client[Name]} */
+const ofOwn = (name) => /** @type {any} */ ((/** @type {any[]} */ ...given) => /** @type {any} */ (ownClient())[name](...given));
+
+export const attach = ofOwn("attach");
+export const submit = ofOwn("submit");
+export const stop = ofOwn("stop");
+export const lookup = ofOwn("lookup");
+export const streamUrl = ofOwn("streamUrl");
