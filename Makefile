@@ -64,12 +64,11 @@ soak: export CTEST_TIMEOUT_S := 7200
 soak: test-core test-python ## the long counts: minutes become hours
 
 .PHONY: bench
-bench: .venv/.installed .venv/.dev ## bench/core_bench.cpp and every bench/*_bench.py
-	.ci/need benchmark
+bench: .venv/.installed .venv/.bench ## pyserve beside other servers, some minutes; ARGS="fan-out --rounds 5" picks, ARGS=--help tells
+	.ci/need benchmark nginx -- true
 	cmake -G Ninja -S . -B build/bench -DCMAKE_BUILD_TYPE=Release -DPYSERVE_NATIVE_BENCH=ON --log-level=WARNING
 	cmake --build build/bench
-	build/bench/core_bench
-	for script in $(wildcard bench/*_bench.py); do python $$script; done
+	python bench/run.py $(ARGS)
 
 ##@ Keep
 
@@ -113,6 +112,10 @@ run-core-address run-core-thread: run-core-%:
 
 .venv/.dev: .venv/.made
 	pip install -q --group dev
+	touch $@
+
+.venv/.bench: .venv/.made
+	pip install -q --group bench
 	touch $@
 
 editable = install -q --no-build-isolation -e .

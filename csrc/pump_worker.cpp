@@ -297,7 +297,6 @@ void PumpWorker::finish(PumpReader& reader, DeliveryOutcome outcome) {
 // Forgets who has finished, once no list can name them any more.
 void PumpWorker::retire() {
   if (finished_.empty()) return;
-  remove_over(runnable_);
   std::unordered_set<PumpChannel*> thinned;
   std::vector<std::pair<std::shared_ptr<Wakeup>, uint64_t>> done;
   for (const std::shared_ptr<PumpReader>& reader : finished_) {

@@ -149,7 +149,8 @@ class Sender:
         """Break the answer off."""
         if self._delivery is not None:
             self._deliveries.pump.detach(self._delivery)
-        _reset_connection(self._transport)
+        if self._request.transport is not None:  # asyncio's takes no orders once it is closed
+            _reset_connection(self._transport)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object
@@ -172,6 +173,7 @@ class Sender:
     async def _finish(self) -> None:
         """End the body. It is over only when the kernel has it all: what asyncio still holds would
         die with the process, and look like an end."""
+        self._check_open()  # uvloop's transports take no orders once they are closed
         self._transport.set_write_buffer_limits(high=0)
         await self._response.write_eof()
         self._check_open()
@@ -210,22 +212,18 @@ class Sender:
     async def _pump(self, reader: SessionReader) -> bool:
         """As send_log(). False when no descriptor is left; nothing was sent then."""
         # Nothing of ours may be on its way when another writes.
+        self._check_open()
         self._transport.set_write_buffer_limits(high=0)
         await self._writer.drain()
         self._check_open()
         self._watch.cancel()
-        pump, waker = self._deliveries.pump, running_loop_waker()
-        token, done = waker.expect()
-        connection = self._transport.get_extra_info("socket").fileno()
         try:
-            delivery = reader.hand_over(pump, connection, waker.wakeup, token)
+            delivery, done = self._hand_over(reader)
         except OSError as error:
             log.warning("a reader is served without the pump: %s", error.strerror)
-            waker.forget(token)
             self._look_at_progress()
             return False
         self._delivery = delivery
-        done.add_done_callback(lambda _: pump.collect())
         try:
             # A handler may be cancelled; what it began is over only when the pump says so.
             await asyncio.shield(done)
@@ -235,6 +233,23 @@ class Sender:
         self._raise_loss(delivery.outcome, reader)
         self._look_at_progress()
         return True
+
+    def _hand_over(self, reader: SessionReader) -> tuple[_core.Delivery, asyncio.Future[None]]:
+        """Begin; the future is done when the delivery is over.
+
+        Raises:
+            OSError: no descriptor is left, for the pump itself perhaps.
+        """
+        pump, waker = self._deliveries.pump, running_loop_waker()
+        token, done = waker.expect()
+        connection = self._transport.get_extra_info("socket").fileno()
+        try:
+            delivery = reader.hand_over(pump, connection, waker.wakeup, token)
+        except BaseException:
+            waker.forget(token)
+            raise
+        done.add_done_callback(lambda _: pump.collect())
+        return delivery, done
 
     def _raise_loss(self, outcome: str, reader: SessionReader) -> None:
         if outcome == "lost":

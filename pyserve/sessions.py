@@ -227,7 +227,9 @@ class StreamSession:
             MemoryBudgetError: live sessions fill ``max_total_bytes``; this one has failed.
             UnicodeEncodeError: `sse` holds a lone surrogate. Nothing was appended.
         """
-        self._guard_size(self._core.append, sse.encode() if isinstance(sse, str) else bytes(sse))
+        if type(sse) is not bytes:
+            sse = sse.encode() if isinstance(sse, str) else bytes(sse)
+        self._guard_size(self._core.append, sse)
 
     def append_event(self, data: str, event: str | None = None) -> None:
         """Append one event: each line of `data` becomes a ``data:`` line.

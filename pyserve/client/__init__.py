@@ -28,8 +28,9 @@ from pyserve.client.errors import (
     UnavailableError,
     UnreachableError,
 )
+from pyserve.client.lookup import StreamInfo
 from pyserve.client.sse import Event
-from pyserve.client.streams import ByteStream, Connection, EventStream, Gap, StreamInfo
+from pyserve.client.streams import ByteStream, Connection, EventStream, Gap
 
 __all__ = [
     "ActiveError",

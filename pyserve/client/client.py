@@ -11,15 +11,8 @@ import aiohttp
 import orjson
 
 from pyserve.client.errors import NotPyserveError
-from pyserve.client.streams import (
-    ByteStream,
-    Connection,
-    EventStream,
-    Gap,
-    Stream,
-    StreamInfo,
-    look_up,
-)
+from pyserve.client.lookup import StreamInfo, lookup_request, parse_lookup
+from pyserve.client.streams import ByteStream, Connection, EventStream, Gap, Stream
 from pyserve.client.transport import Authorize, Limits, Request, Transport
 from pyserve.errors import ApiError
 from pyserve.positions import START, Position, parse_position
@@ -39,9 +32,18 @@ class Client:
     `answer_timeout_s`: until an answer's head, a large request's upload included; a server holds a
     POST's back for 2 s by default.
     `give_up_after_s`: how long tries may fail in a row, without an event in between, before the
-    last failure is raised. A server that refuses the very first connection is not waited for.
+    last failure is raised. Pauses that the server asks for by ``Retry-After`` don't count, up to as
+    much again: after twice this time it is over in any case.
     `first_delay_s` and `max_delay_s` bound the pause before a new try, which doubles each time; a
     ``Retry-After`` is added to it.
+
+    What is tried again: whatever was not answered, and on a GET every 408, 425, 429 and 5xx. Once a
+    stream was attached only pyserve's own words end it; another's 401, 404 or login page is a
+    proxy's in between, and passes. Before, they are raised at once, as is a refusal of the very
+    first connection. A POST without an answer is sent again with the same ``Idempotency-Key``; one
+    that was answered 429 or 503 only if the answer has a ``Retry-After``.
+
+    After :meth:`close` all methods raise RuntimeError.
 
     Raises:
         ValueError: `base_url` is not a plain ``http://`` or ``https://`` URL.
@@ -84,6 +86,7 @@ class Client:
         await self._transport.close()
 
     def _kept(self, stream: S) -> S:
+        self._transport.require_open()
         self._streams.add(stream)
         return stream
 
@@ -189,7 +192,8 @@ class Client:
         Raises:
             ClientError: see :mod:`pyserve.client.errors`.
         """
-        return await look_up(self._transport, list(conversation_ids))
+        _, body = await self._transport.fetch(lookup_request(list(conversation_ids)))
+        return parse_lookup(self.base_url, body)
 
 
 def _position(text: str | int) -> Position:

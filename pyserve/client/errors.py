@@ -11,7 +11,10 @@
         ├── ActiveError        409: on_conflict="reject", and the conversation has a live stream
         ├── OffsetLostError    400: the bytes from there on are no longer kept
         ├── NotAllowedError    401, 403
-        └── UnavailableError   429, 502, 503, 504; raised when it lasts for give_up_after_s
+        └── UnavailableError   408, 425, 429, 5xx; raised when it lasts for give_up_after_s, or
+                               answers a POST without saying when to come back
+
+:mod:`pyserve.client.rules` tells which are raised at once, and which only when they last.
 """
 
 from __future__ import annotations
@@ -78,10 +81,16 @@ class NotAllowedError(AnswerError):
 
 
 class UnavailableError(AnswerError):
-    """Too much to do, still loading, or no upstream; for longer than the client would wait."""
+    """Too much to do, still loading, no upstream, or a gateway's trouble; for longer than the
+    client would wait."""
 
 
-# These have a status of passing troubles, but stay.
+def is_passing_status(status: int) -> bool:
+    """Whether the same request may fare better later."""
+    return status in (408, 425, 429) or status >= 500
+
+
+# A generation that fails so is not unavailable, whatever the status.
 _LASTING_REASONS = {"upstream_auth", "upstream_invalid", "upstream_not_sse", "event_too_large"}
 _ERRORS_BY_REASON: dict[str, type[AnswerError]] = {
     "stream_not_found": GoneError,
@@ -92,11 +101,19 @@ _ERRORS_BY_REASON: dict[str, type[AnswerError]] = {
     "offset_lost": OffsetLostError,
     **dict.fromkeys(_LASTING_REASONS, AnswerError),
 }
-_ERRORS_BY_STATUS: dict[int, type[AnswerError]] = {
-    401: NotAllowedError,
-    403: NotAllowedError,
-    **dict.fromkeys((429, 502, 503, 504), UnavailableError),
-}
+
+
+def _kind_of(status: int, reason: str) -> type[AnswerError] | None:
+    """The class for an answer; None if nothing in it is known."""
+    if reason in _ERRORS_BY_REASON:
+        return _ERRORS_BY_REASON[reason]
+    if status in (401, 403):
+        return NotAllowedError
+    if reason and status == 500:  # a failure that is named; from a proxy it is a passing one
+        return AnswerError
+    if is_passing_status(status):
+        return UnavailableError
+    return AnswerError if reason else None
 
 
 def replaced_error(epoch: str) -> ReplacedError:
@@ -117,12 +134,12 @@ def answer_error(
     itself; anything else is no pyserve."""
     told = _parse_error(body)
     reason = told.pop("reason", "")
-    kind = _ERRORS_BY_REASON.get(reason) or _ERRORS_BY_STATUS.get(status)
-    if kind is None and not reason:
+    kind = _kind_of(status, reason)
+    if kind is None:
         where = f" ({location})" if location else ""
         return NotPyserveError(f"{base_url} answers {status}{where}: not a pyserve")
     message = told.pop("message", f"{base_url} answers {status}")
-    error = (kind or AnswerError)(status, reason, message, **told)
+    error = kind(status, reason, message, **told)
     if re.fullmatch(r"[0-9]{1,6}", retry_after):
         error.retry_after_s = float(retry_after)
     return error

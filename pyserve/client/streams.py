@@ -7,10 +7,9 @@ import re
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, Self, TypeVar
+from typing import Generic, Literal, Self, TypeVar
 
 import aiohttp
-import orjson
 
 from pyserve.client.errors import (
     AnswerError,
@@ -21,6 +20,8 @@ from pyserve.client.errors import (
     gone_error,
     replaced_error,
 )
+from pyserve.client.lookup import lookup_request, parse_lookup
+from pyserve.client.rules import When
 from pyserve.client.sse import Comment, Decoder, Event
 from pyserve.client.transport import Backoff, Request, Transport, cause
 from pyserve.positions import Position
@@ -51,57 +52,6 @@ class Connection:
     retry_in_s: float = 0.0
 
 
-@dataclass(frozen=True)
-class StreamInfo:
-    """What a lookup tells about a stream. Times are Unix seconds."""
-
-    conversation_id: str
-    #: ``queued``, ``streaming``, ``completed``, ``failed`` or ``cancelled``
-    state: str
-    reason: str | None
-    epoch: str
-    first_offset: int
-    end_offset: int
-    readers: int
-    started_at: int
-    #: None while it is live
-    completed_at: int | None
-
-    @property
-    def is_live(self) -> bool:
-        """Whether more may come."""
-        return self.state in ("queued", "streaming")
-
-
-def _stream_info(told: dict[str, Any]) -> StreamInfo:
-    return StreamInfo(
-        conversation_id=told["conversation_id"],
-        state=told["state"],
-        reason=told["reason"],
-        epoch=told["epoch"],
-        first_offset=told["first_offset"],
-        end_offset=told["total_bytes"],
-        readers=told["readers"],
-        started_at=told["started_at"],
-        completed_at=told["completed_at"] or None,
-    )
-
-
-async def look_up(transport: Transport, conversation_ids: list[str]) -> list[StreamInfo]:
-    """The streams there are of these conversations."""
-    request = Request(
-        "POST",
-        "/v1/streams/lookup",
-        headers={"Content-Type": "application/json"},
-        body=orjson.dumps({"conversation_ids": conversation_ids}),
-    )
-    _, body = await transport.fetch(request)
-    try:
-        return [_stream_info(told) for told in orjson.loads(body)]
-    except (ValueError, TypeError, KeyError) as error:
-        raise NotPyserveError(f"{transport.base_url} is not a pyserve") from error
-
-
 T = TypeVar("T")
 
 
@@ -112,7 +62,8 @@ class Stream(AsyncIterator[T], Generic[T]):
     ``reason`` then tell which (a stream that a newer one replaced is ``cancelled``, too). A
     ``break``, :meth:`close` or ``async with`` detaches; to attach again later give ``position`` to
     :meth:`Client.attach`. One task at a time may iterate; one that is cancelled while it waits for
-    the next item loses nothing.
+    the next item loses nothing. :meth:`close` from another task ends the iteration at once, as at
+    the end, but with ``state`` still ``streaming``.
     """
 
     def __init__(
@@ -139,6 +90,7 @@ class Stream(AsyncIterator[T], Generic[T]):
         self._on_gap = on_gap
         self._on_connection = on_connection or (lambda _news: None)
         self._opening = opening  # the POST, until it was answered
+        self._was_attached = False
         self._response: aiohttp.ClientResponse | None = None
         self._attached_at = 0.0
         self._backoff = Backoff(transport.limits)
@@ -151,6 +103,7 @@ class Stream(AsyncIterator[T], Generic[T]):
         self._body_brought_items = False
         self._ending: tuple[State, str | None] | None = None
         self._closed = False
+        self._step: asyncio.Timeout | None = None  # where close() gets at what is waited for
 
     @property
     def position(self) -> str | None:
@@ -175,7 +128,8 @@ class Stream(AsyncIterator[T], Generic[T]):
             return item
         if self._ending is not None and not self._closed:
             self.state, self.reason = self._ending
-        await self.close()
+        self._closed = True
+        self._detach()
         raise StopAsyncIteration
 
     async def __aenter__(self) -> Self:
@@ -186,6 +140,8 @@ class Stream(AsyncIterator[T], Generic[T]):
 
     async def close(self) -> None:
         """Detach. The generation goes on. Closing twice does nothing."""
+        if self._step is not None and not self._closed:
+            self._step.reschedule(0)  # now
         self._closed = True
         self._detach()
 
@@ -202,6 +158,17 @@ class Stream(AsyncIterator[T], Generic[T]):
     # --- one step
 
     async def _advance(self) -> None:
+        """One step, which :meth:`close` cuts short."""
+        try:
+            async with asyncio.timeout(None) as self._step:
+                await self._go_on()
+        except TimeoutError:
+            if not self._closed:
+                raise
+        finally:
+            self._step = None
+
+    async def _go_on(self) -> None:
         """Attach, or take what comes next; after a loss wait a while."""
         try:
             if self._response is None:
@@ -250,9 +217,14 @@ class Stream(AsyncIterator[T], Generic[T]):
         if self._attached_at and clock() - self._attached_at > _STEADY_S:
             self._backoff.reset()
         self._attached_at = 0.0
-        delay_s = self._backoff.next_delay_s(error)
+        delay_s = self._backoff.next_delay_s(error, self._when())
         self._on_connection(Connection(self._next_offset, error, delay_s))
         await asyncio.sleep(delay_s)
+
+    def _when(self) -> When:
+        if self._opening is not None:
+            return "submit"
+        return "reattach" if self._was_attached else "attach"
 
     def _ending_is_told(self) -> bool:
         """Whether the last line says how the stream ended; a comment in the middle says nothing."""
@@ -310,6 +282,7 @@ class Stream(AsyncIterator[T], Generic[T]):
             # Reading on would double what was read.
             raise NotPyserveError(f"{self._transport.base_url} ignores where to read from")
         self.epoch = epoch
+        self._was_attached = True
         self._tell_gap(offset)
         self._next_offset = offset
         self._attached_at = asyncio.get_running_loop().time()
@@ -340,7 +313,8 @@ class Stream(AsyncIterator[T], Generic[T]):
     async def _ask_for_ending(self, body_end: int | None = None) -> None:
         """Of a stream that is over and has nothing to read: it holds no event (204), or `body_end`
         is where it ends."""
-        infos = await look_up(self._transport, [self.conversation_id])
+        _, body = await self._transport.fetch_once(lookup_request([self.conversation_id]))
+        infos = parse_lookup(self._transport.base_url, body)
         info = next((each for each in infos if each.conversation_id == self.conversation_id), None)
         if info is None:
             raise gone_error()

@@ -13,12 +13,8 @@ from urllib.parse import quote, urlsplit
 import aiohttp
 from yarl import URL
 
-from pyserve.client.errors import (
-    ClientError,
-    UnavailableError,
-    UnreachableError,
-    answer_error,
-)
+from pyserve.client.errors import AnswerError, ClientError, UnreachableError, answer_error
+from pyserve.client.rules import When, is_passing
 
 #: Headers for one request; called anew for each, with the conversation id that it is about (None
 #: for a lookup), so that a token may be short-lived.
@@ -69,27 +65,32 @@ class Transport:
         authorize: Authorize | None,
         session: aiohttp.ClientSession | None,
     ) -> None:
-        parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{base_url!r} is not an http:// or https:// URL")
-        if parts.query or parts.fragment or parts.username:
-            raise ValueError("a server's URL has no user, query or fragment")
-        # Take the form that OpenAI's SDKs want, too.
-        self.base_url = base_url.rstrip("/").removesuffix("/v1")
+        self.base_url = _checked_url(base_url)
         self.limits = limits
         self._headers = headers
         self._authorize = authorize
         self._session = session
         self._owns_session = session is None
         self._had_answer = False
+        self._closed = asyncio.Event()
 
     async def close(self) -> None:
         """Close the connections, unless they are the caller's."""
+        self._closed.set()
         if self._owns_session and self._session is not None:
             await self._session.close()
-            self._session = None
+
+    def require_open(self) -> None:
+        """Refuse to go on after :meth:`close`.
+
+        Raises:
+            RuntimeError: the client is closed.
+        """
+        if self._closed.is_set():
+            raise RuntimeError(f"this client of {self.base_url} is closed")
 
     def _http(self) -> aiohttp.ClientSession:
+        self.require_open()
         if self._session is None:
             # Not reused: a kept connection may be closing just when a POST goes out on it.
             connector = aiohttp.TCPConnector(limit=0, force_close=True)
@@ -101,6 +102,7 @@ class Transport:
 
         Raises:
             ClientError: anything else.
+            RuntimeError: the client is closed.
         """
         headers = {**self._headers, **request.headers, "Accept-Encoding": "identity"}
         if self._authorize is not None:
@@ -129,13 +131,11 @@ class Transport:
 
     async def _answer_error(self, response: aiohttp.ClientResponse) -> ClientError:
         body = b""
-        with suppress(aiohttp.ClientError):
-            while len(body) < _MAX_ERROR_BODY_BYTES:
-                block = await response.content.readany()
-                if not block:
-                    break
+        try:
+            while len(body) < _MAX_ERROR_BODY_BYTES and (block := await response.content.readany()):
                 body += block
-        response.close()
+        finally:
+            response.close()
         head = response.headers
         return answer_error(
             self.base_url,
@@ -154,10 +154,21 @@ class Transport:
         backoff = Backoff(self.limits)
         while True:
             try:
-                response = await self.send(request)
-                return response.status, await self._read_whole(response)
+                return await self.fetch_once(request)
             except ClientError as error:
-                await asyncio.sleep(backoff.next_delay_s(error))
+                delay_s = backoff.next_delay_s(error, "attach")
+            with suppress(TimeoutError):
+                async with asyncio.timeout(delay_s):
+                    await self._closed.wait()
+
+    async def fetch_once(self, request: Request) -> tuple[int, bytes]:
+        """One try: status and body.
+
+        Raises:
+            ClientError: it failed.
+        """
+        response = await self.send(request)
+        return response.status, await self._read_whole(response)
 
     async def _read_whole(self, response: aiohttp.ClientResponse) -> bytes:
         try:
@@ -177,30 +188,52 @@ class Backoff:
     def reset(self) -> None:
         """All is well again."""
         self._failures = 0
-        self._give_up_at: float | None = None
+        self._failing_since: float | None = None
+        self._asked_for_s = 0.0  # by the server, with Retry-After
 
-    def next_delay_s(self, error: ClientError) -> float:
+    def next_delay_s(self, error: ClientError, when: When) -> float:
         """How long to wait before the next try.
 
         Raises:
             ClientError: `error` itself, where another try is no use or not in time.
         """
-        if not isinstance(error, (UnreachableError, UnavailableError)):
-            raise error
-        if isinstance(error, UnreachableError) and error.first_contact:
+        if not is_passing(error, when):
             raise error
         limits = self._limits
         now = asyncio.get_running_loop().time()
-        if self._give_up_at is None:
-            self._give_up_at = now + limits.give_up_after_s
+        if self._failing_since is None:
+            self._failing_since = now
         doubled_s = limits.first_delay_s * 2.0 ** min(self._failures, 60)  # so that it fits a float
         delay_s = min(limits.max_delay_s, doubled_s) * random.uniform(0.5, 1.0)
-        if isinstance(error, UnavailableError) and error.retry_after_s is not None:
+        if isinstance(error, AnswerError) and error.retry_after_s is not None:
             delay_s += error.retry_after_s
+            self._asked_for_s += error.retry_after_s
         self._failures += 1
-        if now + delay_s > self._give_up_at:
+        # Pauses that the server asked for don't count, up to as much again.
+        patience_s = limits.give_up_after_s + min(self._asked_for_s, limits.give_up_after_s)
+        if now + delay_s > self._failing_since + patience_s:
             raise error
         return delay_s
+
+
+def _checked_url(base_url: str) -> str:
+    """The server's URL, ready to be followed by a path.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    try:
+        parts = urlsplit(base_url)
+        host = (parts.hostname or "").encode("idna")
+        is_url = bool(host) and parts.scheme in ("http", "https") and parts.port != 0
+    except ValueError:  # brackets, a port that is none, what no host's name may hold
+        is_url = False
+    if not is_url:
+        raise ValueError(f"{base_url!r} is not an http:// or https:// URL")
+    if parts.query or parts.fragment or parts.username:
+        raise ValueError("a server's URL has no user, query or fragment")
+    # Take the form that OpenAI's SDKs want, too.
+    return base_url.rstrip("/").removesuffix("/v1")
 
 
 def cause(error: BaseException) -> str:
@@ -211,4 +244,6 @@ def cause(error: BaseException) -> str:
         if isinstance(error.os_error, ConnectionRefusedError):
             return "connection refused"
         return error.os_error.strerror or str(error)
+    if isinstance(error, aiohttp.ClientPayloadError):  # its own words name a status that none sent
+        return "the answer broke off"
     return str(error) or type(error).__name__

@@ -11,7 +11,7 @@ import asyncio
 import io
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from yarl import URL
 
 from pyserve.config import Config
 from pyserve.errors import ApiError, Dialect
+from pyserve.producers.idle import IdleWatch
 
 log = logging.getLogger("pyserve")
 
@@ -163,7 +164,9 @@ class Upstream:
                         _raise_for_encoding(response)
                     if body is not None:
                         body.close()
-                    yield Answer(response, deadline, self._config.upstream_idle_timeout_s, report)
+                    idle = IdleWatch(deadline, self._config.upstream_idle_timeout_s)
+                    with closing(idle):
+                        yield Answer(response, deadline, idle, report)
                 finally:
                     response.close()
         except TimeoutError as error:
@@ -296,15 +299,14 @@ class Answer:
     def __init__(
         self,
         response: aiohttp.ClientResponse,
-        deadline: asyncio.Timeout,
-        idle_timeout_s: float,
+        first_byte: asyncio.Timeout,
+        idle: IdleWatch,
         report: Report,
     ) -> None:
         self._response = response
+        self._first_byte: asyncio.Timeout | None = first_byte
+        self._idle = idle
         self._report = report
-        self._deadline = deadline
-        self._idle_timeout_s = idle_timeout_s
-        self._waits_for_first_byte = True
         self.status = response.status
         self.headers = response.headers
         self.content_type = response.content_type
@@ -315,16 +317,17 @@ class Answer:
         Raises:
             ApiError: reason ``upstream_lost``. Silence cancels the whole exchange.
         """
-        if not self._waits_for_first_byte:
-            now = asyncio.get_running_loop().time()
-            self._deadline.reschedule(now + self._idle_timeout_s)
+        if self._first_byte is None:
+            self._idle.begin_wait()
         try:
             block = await self._response.content.readany()
         except (aiohttp.ClientError, ConnectionError) as error:
             raise self._report("upstream_lost", error) from error
         # What the caller does with it is not the upstream's time.
-        self._deadline.reschedule(None)
-        self._waits_for_first_byte = False
+        self._idle.end_wait()
+        if self._first_byte is not None:
+            self._first_byte.reschedule(None)
+            self._first_byte = None
         return block
 
 

@@ -1,13 +1,15 @@
 """The upstream's own page in place of pyserve's: llama.cpp's web UI, unchanged.
 
 Only files come through here. The page's requests meet pyserve's routes, so its streams are
-pyserve's; what of the upstream's API is not a route of pyserve's stays out of reach.
+pyserve's; what of the upstream's API is not a route of pyserve's stays out of reach. Who may not
+come in gets no file either.
 """
 
 from __future__ import annotations
 
 from aiohttp import hdrs, web
 
+from pyserve.config import MIB
 from pyserve.errors import ApiError
 from pyserve.routes.context import context_of
 from pyserve.routes.page import add_slash_route
@@ -37,8 +39,9 @@ _PASSED_BACK = (
     "Referrer-Policy",
 )
 
-# llama.cpp's largest, its one script, has 2.6 MB.
-_MAX_FILE_BYTES = 32 * 1024 * 1024
+#: A file is held in memory as a whole, so that it can be an error until its last byte is here: this
+#: bounds what one request may hold. llama.cpp's largest, its one script, has 2.6 MB.
+MAX_FILE_BYTES = 32 * MIB
 
 
 def add_upstream_page_routes(app: web.Application) -> None:
@@ -60,15 +63,17 @@ async def _fetch(request: web.Request, path: str) -> web.Response:
     """The file, read whole before it is answered: a loss on the way is an error, not half a page.
 
     Raises:
-        ApiError: the upstream failed.
+        ApiError: the upstream failed, or the file is too large.
     """
-    upstream = context_of(request).serving_version().upstream
+    context = context_of(request)
+    await context.owner_of(request)
+    upstream = context.serving_version().upstream
     asked = {str(name): request.headers[name] for name in _PASSED_ON if name in request.headers}
     async with upstream.exchange(request.method, path, asked, as_is=True) as answer:
         body = bytearray()
         while block := await answer.read_block():
             body += block
-            if len(body) > _MAX_FILE_BYTES:
+            if len(body) > MAX_FILE_BYTES:
                 raise ApiError("upstream_invalid")
     headers = {hdrs.VARY: hdrs.ACCEPT_ENCODING, "X-Content-Type-Options": "nosniff"}
     headers |= {name: answer.headers[name] for name in _PASSED_BACK if name in answer.headers}

@@ -1,7 +1,8 @@
 // For screen readers: whole sentences, not every token.
 
 const PAUSE_MS = 1500;
-const SENTENCE_END = /[.!?…。！？](?=\s)|\n/g;
+// A full-width mark ends a sentence by itself; what closes a quotation belongs to it.
+const SENTENCE_END = /[.!?…](?=\s)|[。！？][」』）】”’]*|\n/g;
 const KEPT = 8;
 
 export class Announcer {
@@ -34,7 +35,7 @@ export class Announcer {
     this.#timer = 0;
     const ends = [...this.#text.matchAll(SENTENCE_END)];
     if (!ends.length) return;
-    const cut = ends.at(-1).index + 1;
+    const cut = ends.at(-1).index + ends.at(-1)[0].length;
     this.#say(this.#text.slice(0, cut));
     this.#text = this.#text.slice(cut);
   }

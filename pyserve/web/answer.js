@@ -1,11 +1,9 @@
 // One answer: asked for, or taken up again, and put together from its events.
 
 import { attach, submit } from "./pyserve.js";
-import { isLive } from "./store.js";
+import { giveUpIfLost, isLive } from "./store.js";
 
-// A question whose POST was never answered is asked again with its key only while the server
-// would know the key; later that might answer it twice.
-const KEY_LIFE_MS = 60_000;
+const UNANSWERED = ["stall", "connection_lost"];
 
 /**
  * The request, the same bytes in every tab and after every reload, as its key demands. Questions
@@ -43,11 +41,12 @@ function parse(data) {
 /**
  * Follow the answer `message` to its end, and keep `message` up to date.
  *
- * @param {{ onText(text: string, reasoning: string): void, onGap(gap: object): void,
+ * @param {{ onText(added: { text: string, reasoning: string }): void, onGap(gap: object): void,
  *     onState(status: object): void, onEnd(): void }} listener
  * @returns pyserve.js's handle, or null where there is nothing to follow
  */
 export function follow(conversation, message, listener) {
+  if (giveUpIfLost(message)) return null;
   const onEvent = ({ data, epoch, offset }) => {
     const { text = "", reasoning = "", finish, error } = parse(data);
     message.text += text;
@@ -55,7 +54,7 @@ export function follow(conversation, message, listener) {
     message.finish = finish ?? message.finish;
     if (error) message.error = { message: error.message, details: error };
     Object.assign(message, { epoch, offset, state: "streaming" });
-    if (text || reasoning) listener.onText(text, reasoning);
+    if (text || reasoning) listener.onText({ text, reasoning });
   };
   const onState = (status) => {
     if (status.state === "gap") {
@@ -65,21 +64,16 @@ export function follow(conversation, message, listener) {
     }
     if (handle.epoch && isLive(message))
       Object.assign(message, { epoch: handle.epoch, offset: handle.offset, state: "streaming" });
+    // A POST that was refused has begun nothing: its key is as good as new.
+    if (status.state === "retrying" && message.state === "sent" && !UNANSWERED.includes(status.why))
+      message.sentAt = Date.now();
     listener.onState(status);
   };
   const handle = begin(conversation, message, { onEvent, onState });
-  if (!handle) {
-    Object.assign(message, { state: "failed", reason: "unsure" });
-    return null;
-  }
   handle.done.then(({ state, reason, error }) => {
     if (state === "closed") return;
-    message.state = state;
-    message.reason = reason;
-    if (error) {
-      const { status, details, retryAfter } = error;
-      message.error = { message: error.message, status, details, retryAfter };
-    }
+    Object.assign(message, { state, reason });
+    if (error) message.error = { message: error.message, status: error.status, details: error.details };
     listener.onEnd();
   });
   return handle;
@@ -88,7 +82,6 @@ export function follow(conversation, message, listener) {
 function begin(conversation, message, listeners) {
   if (message.epoch) return attach(conversation.id, { from: `${message.epoch}-${message.offset}`, ...listeners });
   if (!message.key) return attach(conversation.id, listeners); // somebody else's: only followed
-  if (Date.now() - message.sentAt > KEY_LIFE_MS) return null;
   return submit(requestFor(conversation, message), {
     conversationId: conversation.id,
     idempotencyKey: message.key,

@@ -5,13 +5,18 @@
 import { lexer } from "./vendor/marked/marked.esm.js";
 
 // Making the last block anew for every token costs more the longer it gets: beyond this it is cut,
-// lists between items, paragraphs between sentences, and code is added to. What can't be cut is
-// shown as it is written, from the second figure on.
+// lists between items, paragraphs between sentences. What can't be cut is shown as it is written,
+// from the second figure on. A code block is only added to from its first line on: who selects in
+// it or scrolls it is not disturbed.
 const LONG_CHARS = 4000;
 const TOO_LONG_CHARS = 20_000;
+const BLANK_CHARS = 100; // so many between two blocks say no more than two
 // marked descends a level for each quote or list within another: text that nests deeper than anyone
 // writes, enough to exhaust the stack, is shown as it is written.
 const TOO_DEEP = /^(?:[ \t]*>){40}|^[ \t]*(?:[*+-][ \t]+){40}/m;
+// An indented fence takes its indentation from each line: that is left to marked.
+const FENCE = /^(?:(```+)[^`\n]*|(~~~+)[^\n]*)\n/;
+const BLANK_LINE = { ends: /\n[ \t]*\n/, mayEnd: /^[ \t]*$/ };
 const SAFE_LINK = /^(https?|mailto):/i;
 const ENTITIES = { amp: "&", lt: "<", gt: ">", quot: '"', "#39": "'", nbsp: "\u00a0" };
 const INLINE = { strong: "strong", em: "em", del: "del" };
@@ -120,6 +125,12 @@ function finalPart(token) {
   return tokens ? { ...tokens[0], raw } : null;
 }
 
+/** What ends the code behind such a fence, where a line begins, and what may become that; as marked has it. */
+function closing(fence) {
+  const mark = fence[0];
+  return { ends: new RegExp(`\\n {0,3}${fence}${mark}* *(\n|$)`), mayEnd: new RegExp(`^ {0,3}${mark}* *$`) };
+}
+
 /** A text that grows. `append` is cheap; the page changes once a frame at most. */
 export class GrowingText {
   #pending = "";
@@ -127,7 +138,7 @@ export class GrowingText {
   #last = null; // its elements' container
   #outline = []; // depths of the headings that the last block stands under
   #grows = null; // the text node of a block that is only added to ...
-  #until = null; // ... and what ends it
+  #until = null; // ... and what ends it: `ends`, and `mayEnd` for the last line
   #frame = 0;
 
   /** @param {HTMLElement} root @param {{ plain: boolean, onDraw?: () => void }} options */
@@ -153,7 +164,7 @@ export class GrowingText {
   /** There is no more, or something else follows. */
   end() {
     this.flush();
-    if (this.#grows && this.#source) this.#grows.appendData(this.#source);
+    if (this.#grows) this.#endGrowing();
     else if (this.#source) this.#last?.replaceWith(...this.#last.childNodes);
     this.#last = this.#grows = null;
     this.#source = "";
@@ -175,7 +186,7 @@ export class GrowingText {
     if (this.#grows && !this.#addGrowing()) return;
     const tokens = lexed(this.#source);
     if (!tokens) {
-      this.#grow("as-is", "", /\n[ \t]*\n/);
+      this.#grow("as-is", "", BLANK_LINE);
       return this.#add("");
     }
     let outline = this.#outline;
@@ -184,7 +195,9 @@ export class GrowingText {
     // Blank lines end nothing yet: a list may go on behind them.
     const isFinal = () => tokens.slice(1).some(({ type }) => type !== "space");
     while (isFinal() && this.#source.startsWith(tokens[0].raw)) this.#finish(tokens.shift());
-    if (this.#source.length > LONG_CHARS && tokens.length && this.#shorten(tokens[0])) return this.#add("");
+    const fence = tokens[0]?.type === "code" && FENCE.exec(this.#source);
+    if (fence && this.#grow("code", fence[0], closing(fence[1] ?? fence[2]))) return this.#add("");
+    if (this.#source.length > LONG_CHARS && tokens.length && this.#shorten(tokens)) return this.#add("");
     this.#last ??= this.root.appendChild(element("div"));
     this.#last.replaceChildren(...nodes(tokens));
   }
@@ -200,12 +213,11 @@ export class GrowingText {
   }
 
   /** Make less of the last block; false if that can't be done. */
-  #shorten(token) {
-    const fence = token.type === "code" && /^ {0,3}(`{3,}|~{3,})[^\n]*\n/.exec(this.#source);
-    if (fence) return this.#grow("code", fence[0], new RegExp(`(^|\n) {0,3}${fence[1]}[\`~]*[ \t]*(\n|$)`));
+  #shorten([token, blank]) {
     const part = finalPart(token);
-    if (part && this.#source.startsWith(part.raw)) this.#finish(part);
-    else if (this.#source.length > TOO_LONG_CHARS) this.#grow("as-is", "", /\n[ \t]*\n/);
+    if (blank?.raw.length > BLANK_CHARS) this.#source = `${token.raw.trimEnd()}\n\n`;
+    else if (part && this.#source.startsWith(part.raw)) this.#finish(part);
+    else if (this.#source.length > TOO_LONG_CHARS) this.#grow("as-is", "", BLANK_LINE);
     else return false;
     return true;
   }
@@ -225,12 +237,39 @@ export class GrowingText {
 
   /** Whether the block that is added to is over; a line that may become its end is held back. */
   #addGrowing() {
-    const end = this.#until.exec(this.#source);
-    const isOver = end !== null && end.index + end[0].length < this.#source.length;
-    const held = end ? end.index : this.#source.search(/\n?[ \t]*[`~]*$/);
+    const end = this.#findEnd();
+    const isOver = end !== null && end.behind < this.#source.length;
+    const held = end ? end.at : this.#heldFrom();
     this.#grows.appendData(this.#source.slice(0, held));
-    this.#source = this.#source.slice(isOver ? held + end[0].length : held);
+    this.#source = this.#source.slice(isOver ? end.behind : held);
     if (isOver) this.#grows = null;
     return isOver;
+  }
+
+  /** Directly behind its opening a block is at the start of a line, though no line end is to be seen. */
+  get #isFresh() {
+    return this.#grows.data === "";
+  }
+
+  #findEnd() {
+    const start = this.#isFresh ? 1 : 0;
+    const found = this.#until?.ends.exec("\n".repeat(start) + this.#source);
+    if (!found) return null;
+    return { at: Math.max(0, found.index - start), behind: found.index + found[0].length - start };
+  }
+
+  /** Only the last line can, with more to come, become an end. */
+  #heldFrom() {
+    const at = this.#source.lastIndexOf("\n");
+    const isLine = at >= 0 || this.#isFresh;
+    return isLine && this.#until.mayEnd.test(this.#source.slice(at + 1)) ? Math.max(0, at) : this.#source.length;
+  }
+
+  /** Nothing follows: an end needs no next line, and the last line end of code is none of it. */
+  #endGrowing() {
+    const isCode = this.#until && this.#until !== BLANK_LINE;
+    const end = isCode && this.#findEnd();
+    const rest = end ? this.#source.slice(0, end.at) : this.#source;
+    this.#grows.appendData(isCode && !end ? rest.replace(/\n$/, "") : rest);
   }
 }

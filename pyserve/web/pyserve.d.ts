@@ -1,4 +1,16 @@
-/** Types of pyserve.js, written by hand. */
+/**
+ * Types of pyserve.js, written by hand.
+ *
+ * Which answers end a stream, and which are waited out (state `retrying`):
+ * - 408, 425, 429, 5xx and lost connections pass: a GET is repeated for as long as it takes.
+ * - Once there was a stream, only pyserve's own words end it: its last line, or an error with a
+ *   `reason`. A proxy's 401, 404 or login page is waited out. At the very first connection of an
+ *   `attach` such an answer is an end: nothing says that there is a pyserve.
+ * - A POST that was not answered is repeated with its Idempotency-Key. One that was answered is
+ *   repeated only at a 429 or 503 with `Retry-After` in seconds.
+ * - What `authorize` throws ends it: `failed`, reason `authorize`. A TypeError, which is how its own
+ *   `fetch` says that there is no network, passes like any lost connection.
+ */
 
 /** One server-sent event. */
 export interface StreamEvent {
@@ -19,13 +31,13 @@ export interface Ending {
     | "completed"
     | "failed" // reason: the server's, or an error of the request
     | "cancelled" // somebody pressed Stop, or a newer generation took its place
-    | "gone" // 404: unknown, expired, dropped by a Stop, or the server was restarted
+    | "gone" // pyserve's 404: unknown, expired, dropped by a Stop, or the server was restarted
     | "replaced" // 409: the conversation holds a newer stream; attach to it with from `<epoch>-0`
     | "closed"; // by close() or the signal: the generation goes on
   reason: string | null;
   /** Of `replaced`: the newer stream's, where the server named it. */
   epoch?: string | null;
-  /** The answer that said so, if it was one. */
+  /** The answer that said so, if it was one; its `cause` is what `authorize` threw. */
   error?: PyserveError;
 }
 
@@ -55,7 +67,7 @@ export interface Timing {
   maxDelayMs?: number;
   /**
    * Until the head of an answer. Default 10000, and for a POST more by its size; the first
-   * reconnects wait less, for 3.5 heartbeats.
+   * reconnects wait less, for 3.5 heartbeats. `stop` and `lookup` reject with a `TimeoutError` then.
    */
   answerMs?: number;
 }
@@ -127,7 +139,10 @@ export interface OutgoingRequest {
 export interface ClientOptions extends Timing {
   /** Where pyserve's routes are, relative to the page. Default "./". */
   base?: string | URL;
-  /** Called for each connection, so that a token can be a new one. */
+  /**
+   * Called for each connection, so that a token can be a new one. What it throws ends the stream:
+   * whoever fetches a token tries again himself when the network is away.
+   */
   authorize?: (request: OutgoingRequest) => void | Promise<void>;
   fetch?: typeof globalThis.fetch;
 }
@@ -151,7 +166,10 @@ export interface Client {
 
 export function createClient(options?: ClientOptions): Client;
 
-/** Of a client whose base is the folder that pyserve.js came from. */
+/**
+ * Of a client whose base is the folder that pyserve.js came from. In a bundle that does not know it
+ * is the page's folder; where there is no page (Node), use `createClient` with a `base`: these throw.
+ */
 export const attach: Client["attach"];
 export const submit: Client["submit"];
 export const stop: Client["stop"];
@@ -161,13 +179,14 @@ export const streamUrl: Client["streamUrl"];
 /** An id nobody else has. */
 export function newId(): string;
 
-/** An answer that is an error. */
+/** An answer that is an error, or what `authorize` threw. */
 export class PyserveError extends Error {
   constructor(status: number, error?: Record<string, unknown>, retryAfter?: number | null);
+  /** 0 where `authorize` threw. */
   readonly status: number;
-  /** One of pyserve's reasons; `http_<status>` where something else answered. */
+  /** One of pyserve's reasons; `http_<status>` or `not_event_stream` where something else answered; `authorize`. */
   readonly reason: string;
-  /** Seconds. */
+  /** Seconds, of a 429 or 503. */
   readonly retryAfter: number | null;
   /** The JSON error, with its figures. */
   readonly details: Record<string, any>;
@@ -176,6 +195,6 @@ export class PyserveError extends Error {
 /** Server-sent events out of bytes that are cut anywhere. */
 export class EventStreamDecoder {
   decode(bytes: Uint8Array): { id: string; type: string; data: string }[];
-  /** The last line, if that was a comment. pyserve's last is `end completed` or the like. */
+  /** The last line, if that was a comment between two events. pyserve's last is `end completed` or the like. */
   readonly lastComment: string | null;
 }

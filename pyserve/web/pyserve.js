@@ -11,13 +11,10 @@
  * the connection; or the state `gap` says how many bytes were lost. `pyserve.d.ts` documents the
  * interface. This file has no dependencies and can be copied.
  *
- * @typedef {import("./pyserve.d.ts").Client} Client
- * @typedef {import("./pyserve.d.ts").ClientOptions} ClientOptions
- * @typedef {import("./pyserve.d.ts").Ending} Ending
- * @typedef {import("./pyserve.d.ts").FollowOptions} FollowOptions
- * @typedef {import("./pyserve.d.ts").Status} Status
- * @typedef {import("./pyserve.d.ts").StreamEvent} StreamEvent
- * @typedef {(method: string, path: string, init: RequestInit, query: Record<string, string>)
+ * @import { Client, ClientOptions, Ending, FollowOptions, Handle, OutgoingRequest, Status,
+ *   SubmitOptions } from "./pyserve.d.ts"
+ * @typedef {RequestInit & { signal: AbortSignal }} Init
+ * @typedef {(method: string, path: string, init: Init, query: Record<string, string>)
  *     => Promise<Response>} Send
  * @typedef {(signal: AbortSignal) => Promise<Response>} Post
  */
@@ -34,9 +31,11 @@ const SLICE_BYTES = 32 * 1024; // a replay of megabytes is read in slices ...
 const BUSY_MS = 8; // ... and the page gets its turn after so long
 const CROWDED_MS = 500; // a request that waits so long may be waiting for hidden tabs' connections
 const HIDDEN_STREAMS = 3; // so many hidden ones keep theirs for hiddenMs, or no new tab could load
+const CLOSED = /** @type {Ending} */ ({ state: "closed", reason: null });
+const CANCELLED = /** @type {Ending} */ ({ state: "cancelled", reason: null });
 const CHANNEL = "pyserve.js: give way"; // says "", or the key of a stream that was hidden just now
 
-/** An answer that is an error; `reason` is pyserve's, or `http_<status>` where a proxy answered. */
+/** An answer that is of no use; `reason` is pyserve's, or `http_<status>` where a proxy answered. */
 export class PyserveError extends Error {
   /**
    * @param {number} status
@@ -55,20 +54,16 @@ export class PyserveError extends Error {
   /** @param {Response} response */
   static async from(response) {
     const body = await response.json().catch(() => null);
-    const seconds = Number.parseInt(response.headers.get("Retry-After") ?? "", 10);
-    return new PyserveError(response.status, body?.error, seconds >= 0 ? seconds : null);
+    const isBusy = response.status === 429 || response.status === 503;
+    const seconds = isBusy ? Number.parseInt(response.headers.get("Retry-After") ?? "", 10) : NaN;
+    return new PyserveError(response.status, body?.error ?? {}, seconds >= 0 ? seconds : null);
   }
 }
 
-/**
- * An id nobody else has; `crypto.randomUUID` is missing on plain http:// addresses.
- * @returns {string}
- */
+/** An id nobody else has; `crypto.randomUUID` is missing on plain http:// addresses. */
 export function newId() {
-  if (crypto.randomUUID) return crypto.randomUUID();
-  return [...crypto.getRandomValues(new Uint8Array(16))]
-    .map((byte) => byte.toString(16).padStart(2, "0"))
-    .join("");
+  const bytes = crypto.getRandomValues(new Uint8Array(16));
+  return crypto.randomUUID?.() ?? [...bytes].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
 /** Server-sent events out of bytes that are cut anywhere: HTML standard, section 9.2.6. */
@@ -80,7 +75,8 @@ export class EventStreamDecoder {
   #data = [];
   #type = "";
   #id = "";
-  /** The last line, if that was a comment, without its colon. @type {string | null} */
+  #inEvent = false; // a field has come, its blank line has not
+  /** The last line, if it was a comment between two events, without its colon. @type {string | null} */
   lastComment = null;
 
   /**
@@ -114,8 +110,9 @@ export class EventStreamDecoder {
     const colon = line.indexOf(":");
     const name = colon < 0 ? line : line.slice(0, colon);
     const value = colon < 0 ? "" : line.slice(colon + (line[colon + 1] === " " ? 2 : 1));
-    if (colon === 0) this.lastComment = value;
-    else if (name === "data") this.#data.push(value);
+    if (colon !== 0) this.#inEvent = true;
+    else if (!this.#inEvent) this.lastComment = value;
+    if (name === "data") this.#data.push(value);
     else if (name === "event") this.#type = value;
     else if (name === "id" && !value.includes("\0")) this.#id = value;
     return null;
@@ -126,6 +123,7 @@ export class EventStreamDecoder {
     const isEvent = this.#data.length > 0;
     this.#data = [];
     this.#type = "";
+    this.#inEvent = false;
     return isEvent ? event : null;
   }
 }
@@ -134,7 +132,7 @@ export class EventStreamDecoder {
  * One stream that is followed, through as many connections as it takes.
  *
  * `#follow` is the loop: connect, read, and when that broke wait and connect again; a connection
- * returns how the stream ended, or throws what broke it.
+ * returns how the stream ended, or throws what broke it: a PyserveError, or a word for it.
  */
 class Stream {
   /** @type {Status} */
@@ -146,19 +144,19 @@ class Stream {
   /** Go on at the oldest byte there is: the caller wants that, or what follows `offset` is lost. */
   #earliest = /** @type {"" | "wanted" | "lost"} */ ("");
   #attempt = 0; // connections that failed since the last progress
-  #connected = false; // some connection got an answer
+  #connected = false; // some connection got a stream
+  #attachedAt = 0; // the present or last one did
   #heardAt = 0;
   #closed = false;
   #stopping = false;
   #keep = false;
-  #ended = false;
   #hiddenLong = false;
   #key = newId();
   #hiddenLater = new Set(); // keys of other streams, hidden after this one
   /** @type {BroadcastChannel | null} */
   #channel = null;
   #connection = new AbortController();
-  #wake = () => {};
+  #wake = (_ = null) => {};
   /** @type {ReturnType<typeof setTimeout> | undefined} */
   #hiding;
 
@@ -176,8 +174,6 @@ class Stream {
     this.options = { ...DEFAULTS, ...options };
     this.post = post;
     this.#takeFrom(options.from ?? 0);
-    this.close = this.close.bind(this);
-    this.stop = this.stop.bind(this);
     /** @type {Promise<Ending>} */
     this.done = Promise.resolve().then(() => this.#run()); // the caller has us by then
   }
@@ -191,17 +187,14 @@ class Stream {
   }
 
   /** Stop following; the generation goes on. */
-  close() {
+  close = () => {
     this.#closed = true;
     this.#connection.abort("closed");
     this.#wake();
-  }
+  };
 
-  /**
-   * Stop the generation, for everyone; `done` follows when the server has said the end.
-   * @param {{ keep?: boolean }} [options]
-   */
-  async stop({ keep = false } = {}) {
+  /** Stop the generation; `done` follows when the server has said the end. @type {Handle["stop"]} */
+  stop = async ({ keep = false } = {}) => {
     this.#stopping = true;
     this.#keep = keep;
     try {
@@ -212,7 +205,7 @@ class Stream {
     } finally {
       this.#wake();
     }
-  }
+  };
 
   /** @param {number | string} from */
   #takeFrom(from) {
@@ -223,30 +216,25 @@ class Stream {
   }
 
   async #run() {
-    const { signal } = this.options;
-    const target = globalThis.document;
+    const over = new AbortController();
+    const until = { signal: over.signal };
     const wake = () => this.#lookAround();
-    target?.addEventListener("visibilitychange", wake);
-    globalThis.addEventListener?.("online", wake);
-    globalThis.addEventListener?.("pageshow", wake);
-    if (target && globalThis.BroadcastChannel) this.#channel = new BroadcastChannel(CHANNEL);
+    globalThis.document?.addEventListener("visibilitychange", wake, until);
+    globalThis.addEventListener?.("online", wake, until);
+    globalThis.addEventListener?.("pageshow", wake, until);
+    if (globalThis.document && globalThis.BroadcastChannel) this.#channel = new BroadcastChannel(CHANNEL);
     if (this.#channel) this.#channel.onmessage = ({ data }) => isHidden() && this.#giveWay(data);
-    signal?.addEventListener("abort", this.close);
-    if (signal?.aborted) this.close();
+    this.options.signal?.addEventListener("abort", this.close, until);
+    if (this.options.signal?.aborted) this.close();
     this.#lookAround();
     try {
       const ending = await this.#follow();
       this.#tell(ending);
       return ending;
     } finally {
-      this.#ended = true;
       clearTimeout(this.#hiding);
       this.#channel?.close();
-      this.#channel = null;
-      target?.removeEventListener("visibilitychange", wake);
-      globalThis.removeEventListener?.("online", wake);
-      globalThis.removeEventListener?.("pageshow", wake);
-      signal?.removeEventListener("abort", this.close);
+      over.abort();
     }
   }
 
@@ -257,25 +245,36 @@ class Stream {
         this.#tell({ state: "hidden" });
         while (this.#isDetached() && !this.#closed) await this.#sleep(null);
       }
-      if (this.#closed) return { state: "closed", reason: null };
-      if (this.#stopping && this.post) return this.#giveUp();
+      if (this.#closed) return CLOSED;
+      if (this.#stopping && this.post) {
+        // Stopped while its POST had no answer: it may still have been read.
+        await this.client.stop(this.conversationId, { keep: this.#keep }).catch(() => {});
+        return CANCELLED;
+      }
       this.#tell({ state: "connecting", attempt: this.#attempt });
-      const startedAt = Date.now();
       try {
         return await this.#connect();
       } catch (why) {
-        if (this.#closed) return { state: "closed", reason: null };
-        if (why === "hidden") continue;
-        if (isLost(why) && !this.#earliest) {
-          this.#earliest = "lost";
-          continue;
-        }
-        if (why instanceof PyserveError && !isPassing(why, this.post)) return this.#refused(why);
-        if (this.#stopping && this.post) continue;
-        if (Date.now() - startedAt > 5 * this.options.heartbeatMs) this.#attempt = 0;
-        await this.#backOff(why);
+        const ending = await this.#recover(why);
+        if (ending) return ending;
       }
     }
+  }
+
+  /** What follows a connection that broke: an ending, or null for the next. @param {unknown} why */
+  async #recover(why) {
+    if (this.#closed) return CLOSED;
+    if (why === "hidden") return null;
+    if (isLost(why) && !this.#earliest) {
+      this.#earliest = "lost";
+      return null;
+    }
+    if (why instanceof PyserveError && !this.#isPassing(why)) return this.#refused(why);
+    if (this.#stopping && this.post) return null;
+    if (this.#attachedAt && Date.now() - this.#attachedAt > 5 * this.options.heartbeatMs) this.#attempt = 0;
+    this.#attachedAt = 0;
+    await this.#backOff(why);
+    return null;
   }
 
   /** One connection, from its request to its end. @returns {Promise<Ending>} */
@@ -291,19 +290,19 @@ class Stream {
     try {
       const post = this.post;
       const response = await (post ? post(connection.signal) : this.#get(connection.signal));
-      if (!response.ok) throw await PyserveError.from(response);
+      await checkHead(response);
       this.post = null;
       this.#heardAt = Date.now();
       limitMs = 3.5 * this.options.heartbeatMs;
       if (response.status === 204) return await this.#lookUpEnding();
-      if (!/^text\/event-stream\b/i.test(response.headers.get("Content-Type") ?? ""))
-        return { state: "failed", reason: "not_event_stream" };
       const replaced = this.#start(response.headers);
       if (replaced) return replaced;
       if (post && this.#stopping) await this.stop({ keep: this.#keep }); // it came before its start
+      if (this.#isDetached()) throw "hidden"; // meanwhile, and the POST had to be waited for
       return await this.#read(response);
     } catch (error) {
-      throw connection.signal.aborted ? connection.signal.reason : error;
+      if (connection.signal.aborted) throw connection.signal.reason;
+      throw error instanceof PyserveError || error === "hidden" ? error : "connection_lost";
     } finally {
       clearInterval(watch);
       connection.abort("over"); // closes the connection, whatever was left of it
@@ -341,6 +340,7 @@ class Stream {
     this.#earliest = "";
     const again = this.#connected || this.offset > 0;
     this.#connected = true;
+    this.#attachedAt = Date.now();
     this.#tell(again ? { state: "reattached", offset: this.offset } : { state: "streaming" });
     return null;
   }
@@ -392,45 +392,46 @@ class Stream {
     return { state: /** @type {"completed"} */ (mine.state), reason: mine.reason };
   }
 
+  /**
+   * Whether the same request may be answered otherwise in a while. A POST that was answered is
+   * repeated only if the server says when; once there was a stream, only pyserve's word ends it.
+   * @param {PyserveError} error
+   */
+  #isPassing(error) {
+    const { status, retryAfter, details } = error;
+    if (this.post) return retryAfter !== null;
+    if (status >= 500 || [408, 425, 429].includes(status) || isLost(error)) return true;
+    return this.#connected && !details.reason;
+  }
+
   /** An answer that trying again would not change. @param {PyserveError} error @returns {Ending} */
   #refused(error) {
-    const { reason, status, details } = error;
-    if (this.#stopping && (status === 404 || reason === "cancelled"))
-      return { state: "cancelled", reason: null };
+    const { reason, details } = error;
+    const isGone = reason === "stream_not_found";
+    if (this.#stopping && (isGone || reason === "cancelled")) return CANCELLED;
     if (reason === "cancelled" && this.post) return { state: "cancelled", reason, error };
-    if (status === 404 && !this.post) return { state: "gone", reason, error };
+    if (isGone) return { state: "gone", reason, error };
     if (reason === "stream_replaced" || reason === "replaced")
       return { state: "replaced", reason, epoch: details.epoch ?? null, error };
     return { state: "failed", reason, error };
-  }
-
-  /** Stopped while its POST had no answer: it may still have been read. @returns {Promise<Ending>} */
-  async #giveUp() {
-    await this.client.stop(this.conversationId, { keep: this.#keep }).catch(() => {});
-    return { state: "cancelled", reason: null };
   }
 
   /** @param {unknown} why */
   async #backOff(why) {
     const { minDelayMs, maxDelayMs } = this.options;
     const ceiling = Math.min(maxDelayMs, minDelayMs * 2 ** this.#attempt++);
-    const asked = why instanceof PyserveError ? (why.retryAfter ?? 0) * 1000 : 0;
-    const delayMs = Math.max(ceiling * (0.5 + Math.random() / 2), Math.min(asked, 60_000));
-    this.#tell({ state: "retrying", delayMs, attempt: this.#attempt, why: wordFor(why) });
+    const [word, askedS] =
+      why instanceof PyserveError ? [why.reason, why.retryAfter ?? 0] : [String(why), 0];
+    const delayMs = Math.max(ceiling * (0.5 + Math.random() / 2), Math.min(askedS * 1000, 60_000));
+    this.#tell({ state: "retrying", delayMs, attempt: this.#attempt, why: word });
     await this.#sleep(delayMs);
   }
 
   /** Until `#wake`, at most `ms`. @param {number | null} ms */
   async #sleep(ms) {
-    if (this.#closed) return;
-    /** @type {ReturnType<typeof setTimeout> | undefined} */
-    let timer;
-    await new Promise((resolve) => {
-      this.#wake = () => resolve(null);
-      if (ms !== null) timer = setTimeout(resolve, ms);
-    });
+    const timer = ms === null ? undefined : setTimeout(() => this.#wake(), ms);
+    if (!this.#closed) await new Promise((resolve) => (this.#wake = resolve));
     clearTimeout(timer);
-    this.#wake = () => {};
   }
 
   /** The page was shown or hidden, came back from sleep, or has a network again. */
@@ -465,24 +466,19 @@ class Stream {
   /** @param {Status} status */
   #tell(status) {
     this.status = status;
-    if (!this.#ended) call(this.options.onState, status);
+    call(this.options.onState, status);
   }
 }
 
-/**
- * Whether the same request may be answered otherwise in a while. A POST is only repeated when it
- * was not answered at all: what its error means is the caller's business.
- * @param {PyserveError} error
- * @param {Post | null} post
- */
-function isPassing(error, post) {
-  if (post) return false;
-  return error.status >= 500 || [408, 425, 429].includes(error.status) || isLost(error);
+/** Whether this begins a stream, or says that there is none. @param {Response} response */
+async function checkHead(response) {
+  if (!response.ok) throw await PyserveError.from(response);
+  const type = response.headers.get("Content-Type") ?? "";
+  if (response.status === 204 || /^text\/event-stream\b/i.test(type)) return;
+  throw Object.assign(new PyserveError(response.status), { reason: "not_event_stream" });
 }
 
-function isHidden() {
-  return globalThis.document?.visibilityState === "hidden";
-}
+const isHidden = () => globalThis.document?.visibilityState === "hidden";
 
 /** Ask hidden tabs of this origin for their connections: a browser has six for a host, for all. */
 function askForWay() {
@@ -492,31 +488,15 @@ function askForWay() {
   channel.close();
 }
 
-/** @param {unknown} why */
-function isLost(why) {
-  return why instanceof PyserveError && why.reason === "offset_lost";
-}
+const isLost = (/** @type {any} */ why) => why instanceof PyserveError && why.reason === "offset_lost";
 
-/** @param {unknown} why */
-function wordFor(why) {
-  if (why === "stall") return "stall";
-  return why instanceof PyserveError ? why.reason : "connection_lost";
-}
-
-/**
- * A caller's function must not break the stream: what it throws is reported as uncaught.
- * @template T
- * @param {((value: T) => void) | undefined} listener
- * @param {T} value
- */
-function call(listener, value) {
+/** What a caller's function throws is reported as uncaught, and breaks no stream. */
+function call(/** @type {Function | undefined} */ listener, /** @type {unknown} */ value) {
   try {
     listener?.(value);
   } catch (error) {
-    if ("reportError" in globalThis) return reportError(error);
-    queueMicrotask(() => {
-      throw error;
-    });
+    if ("reportError" in globalThis) reportError(error);
+    else Promise.reject(error);
   }
 }
 
@@ -526,29 +506,60 @@ function pause() {
   return scheduler?.yield?.() ?? new Promise((resolve) => setTimeout(resolve, 0));
 }
 
-/**
- * @param {ClientOptions} [options]
- * @returns {Client}
- */
-export function createClient({ base = "./", authorize, fetch, ...defaults } = {}) {
-  const root = new URL(base, globalThis.location?.href);
-  if (!root.pathname.endsWith("/")) root.pathname += "/";
-  const usedFetch = fetch ?? ((...request) => globalThis.fetch(...request));
+/** @param {URL} root @param {string} path @param {Record<string, string>} query */
+function address(root, path, query) {
+  const url = new URL(path, root);
+  for (const [name, value] of Object.entries(query)) url.searchParams.set(name, value);
+  return url;
+}
 
-  /** @type {Send} */
-  const send = async (method, path, init, query) => {
-    const url = new URL(path, root);
-    for (const [name, value] of Object.entries(query)) url.searchParams.set(name, value);
+/** @param {URL} root @param {Pick<ClientOptions, "authorize" | "fetch">} hooks @returns {Send} */
+function sender(root, { authorize, fetch = (...request) => globalThis.fetch(...request) }) {
+  /** @param {OutgoingRequest} request @param {AbortSignal} signal */
+  const ask = async (request, signal) => {
+    const aborted = new Promise((_, reject) => signal.addEventListener("abort", reject));
+    try {
+      signal.throwIfAborted();
+      await Promise.race([aborted, (async () => authorize?.(request))()]);
+    } catch (cause) {
+      signal.throwIfAborted();
+      if (cause instanceof TypeError) throw cause; // as fetch says that there is no network
+      const message = cause instanceof Error ? cause.message : String(cause);
+      throw Object.assign(new PyserveError(0, { reason: "authorize", message }), { cause });
+    }
+  };
+  return async (method, path, init, query) => {
+    const url = address(root, path, query);
     const request = { method, url, headers: new Headers(init.headers), query };
-    await authorize?.(request);
-    const { headers } = request;
+    await ask(request, init.signal);
     const waiting = setTimeout(askForWay, CROWDED_MS);
     try {
-      return await usedFetch(request.url, { cache: "no-store", ...init, method, headers });
+      return await fetch(request.url, { cache: "no-store", ...init, method, headers: request.headers });
     } finally {
       clearTimeout(waiting);
     }
   };
+}
+
+/** A submit's request, at each try the same. @param {Send} send @param {object} request @param {SubmitOptions} options */
+function poster(send, request, { conversationId = newId(), path = "v1/chat/completions", ...options }) {
+  const headers = new Headers({ "Content-Type": "application/json" });
+  headers.set("Idempotency-Key", options.idempotencyKey ?? newId());
+  if (options.conflict) headers.set("X-Stream-Conflict", options.conflict);
+  const body = JSON.stringify({ ...request, stream: true });
+  const answerMs = DEFAULTS.answerMs + body.length / UPLOAD_BYTES_PER_MS;
+  const query = { conv_id: conversationId };
+  /** @type {Post} */
+  const post = (signal) => send("POST", path.replace(/^\/+/, ""), { headers, body, signal }, query);
+  return { conversationId, post, answerMs };
+}
+
+/** @param {ClientOptions} [options] @returns {Client} */
+export function createClient({ base = "./", authorize, fetch, ...defaults } = {}) {
+  const root = new URL(base, globalThis.location?.href);
+  if (!root.pathname.endsWith("/")) root.pathname += "/";
+  const send = sender(root, { ...(authorize && { authorize }), ...(fetch && { fetch }) });
+  const timeLimit = () => AbortSignal.timeout(defaults.answerMs ?? DEFAULTS.answerMs);
 
   /** @type {Client} */
   const client = {
@@ -556,49 +567,49 @@ export function createClient({ base = "./", authorize, fetch, ...defaults } = {}
       new Stream(client, send, conversationId, { ...defaults, ...options }),
 
     submit(request, options = {}) {
-      const { conversationId = newId(), path = "v1/chat/completions", conflict } = options;
-      const headers = new Headers({ "Content-Type": "application/json" });
-      headers.set("Idempotency-Key", options.idempotencyKey ?? newId());
-      if (conflict) headers.set("X-Stream-Conflict", conflict);
-      const body = JSON.stringify({ ...request, stream: true });
-      const answerMs = DEFAULTS.answerMs + body.length / UPLOAD_BYTES_PER_MS;
-      /** @type {Post} */
-      const post = (signal) =>
-        send("POST", path.replace(/^\/+/, ""), { headers, body, signal }, { conv_id: conversationId });
-      const all = { answerMs, ...defaults, ...options, from: 0 };
-      return new Stream(client, send, conversationId, all, post);
+      const { conversationId, post, answerMs } = poster(send, request, options);
+      return new Stream(client, send, conversationId, { answerMs, ...defaults, ...options, from: 0 }, post);
     },
 
     async stop(conversationId, { epoch, keep = false } = {}) {
-      /** @type {Record<string, string>} */
-      const query = { conv_id: conversationId, ...(keep && { keep: "true" }) };
       const headers = new Headers(epoch ? { "If-Match": `"${epoch}"` } : {});
-      const response = await send("DELETE", "v1/stream", { headers, keepalive: true }, query);
-      if (response.status === 412) return false;
-      if (!response.ok) throw await PyserveError.from(response);
-      return true;
+      const init = { headers, keepalive: true, signal: timeLimit() };
+      const query = { conv_id: conversationId, ...(keep && { keep: "true" }) };
+      const response = await send("DELETE", "v1/stream", init, query);
+      if (response.ok || response.status === 412) return response.ok;
+      throw await PyserveError.from(response);
     },
 
-    async lookup(conversationIds, { signal } = {}) {
+    async lookup(conversationIds, { signal = timeLimit() } = {}) {
       const body = JSON.stringify({ conversation_ids: conversationIds });
-      const headers = { "Content-Type": "application/json" };
-      const init = { headers, body, ...(signal && { signal }) };
+      const init = { headers: { "Content-Type": "application/json" }, body, signal };
       const response = await send("POST", "v1/streams/lookup", init, {});
       if (!response.ok) throw await PyserveError.from(response);
       return response.json();
     },
 
-    streamUrl(conversationId, from) {
-      const url = new URL("v1/stream", root);
-      url.searchParams.set("conv_id", conversationId);
-      if (from !== undefined) url.searchParams.set("from", String(from));
-      return url;
-    },
+    streamUrl: (conversationId, from) =>
+      address(root, "v1/stream", { conv_id: conversationId, ...(from !== undefined && { from: `${from}` }) }),
   };
   return client;
 }
 
-// Where this file was served from there is a pyserve, whatever prefix a proxy has put before it.
-export const { attach, submit, stop, lookup, streamUrl } = createClient({
-  base: new URL(".", import.meta.url),
-});
+/** @type {Client | undefined} */
+let own;
+
+/** Where this file was served from there is a pyserve, whatever prefix a proxy has put before it. */
+function ownClient() {
+  // A bundle may not know where it came from: then it is where its page is.
+  const known = [import.meta.url, globalThis.document?.baseURI].find((url) => /^https?:/.test(url ?? ""));
+  if (!known) throw new Error("pyserve.js does not know where its server is: give createClient a base");
+  return (own ??= createClient({ base: new URL(".", known) }));
+}
+
+/** @template {keyof Client} Name @param {Name} name @returns {Client[Name]} */
+const ofOwn = (name) => /** @type {any} */ ((/** @type {any[]} */ ...given) => /** @type {any} */ (ownClient())[name](...given));
+
+export const attach = ofOwn("attach");
+export const submit = ofOwn("submit");
+export const stop = ofOwn("stop");
+export const lookup = ofOwn("lookup");
+export const streamUrl = ofOwn("streamUrl");

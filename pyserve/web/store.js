@@ -2,10 +2,11 @@
 //
 // Each has two keys: `chat:<id>`, everything, and `meta:<id>`, what the list shows. There is no
 // index, so two tabs that save at once lose nothing. An answer's text is stored together with the
-// event id it reaches to, in one write: what a reload finds always fits together.
+// event id it reaches to, in one write: what a reload finds always fits together. What the browser
+// does not take (it is full, or keeps nothing for this page) stays in this tab's memory.
 //
-// conversation: { id, title, updated, messages }
-// message:      { id, role: "user", text }
+// conversation: { id, title, created, updated, messages }
+// message:      { id, role: "user", sentAt, text }
 //               { id, role: "assistant", attempt, key, sentAt, model, maxTokens, conflict,
 //                 state, reason, error, finish, epoch, offset, text, reasoning, gaps: [{ at, bytes }] }
 // state:        "sent" (no answer to the POST yet), "streaming", or an ending of pyserve.js
@@ -13,17 +14,44 @@
 // Two pyserves under two prefixes of one origin share the storage, not the conversations.
 const PREFIX = `pyserve:${new URL(".", import.meta.url).pathname}:`;
 
+// A question whose POST was never answered is asked again with its key only while the server
+// would know the key; later that might answer it twice.
+export const KEY_LIFE_MS = 60_000;
+
 export const isLive = (message) => message?.state === "sent" || message?.state === "streaming";
 export const lastOf = (conversation) => conversation.messages.at(-1);
+
+/** What is being answered: a conversation has one stream, but two tabs may have asked at once. */
+export const liveOf = ({ messages }) =>
+  messages.findLast(({ state }) => state === "streaming") ?? messages.findLast(isLive);
+
+/** The tab that asked was closed before it had an answer, and nobody will ask with that key. */
+export function giveUpIfLost(message) {
+  const isLost = message?.state === "sent" && message.key && Date.now() - message.sentAt > KEY_LIFE_MS;
+  if (isLost) Object.assign(message, { state: "failed", reason: "unsure" });
+  return isLost;
+}
 
 /** Which of two versions of a message has come further: a retry, an ending, more text. */
 function further(one, other) {
   if (!one || !other) return one ?? other;
-  const stage = ({ state }) => ["sent", "streaming"].indexOf(state) + 1 || 3;
+  const stages = ["sent", "unsure", "streaming"]; // who is unsure knows less than who reads
+  const stage = ({ state, reason }) => stages.indexOf(reason === "unsure" ? reason : state) + 1 || 4;
   const rank = (message) => [message.attempt ?? 0, stage(message), message.offset ?? 0];
   const [a, b] = [rank(one), rank(other)];
   const at = a.findIndex((value, i) => value !== b[i]);
   return at < 0 || a[at] > b[at] ? one : other;
+}
+
+/** Questions in the order in which they were asked, the same in every tab, each with its answer. */
+function inOrder(messages) {
+  const turns = [];
+  for (const message of messages) {
+    if (message.role === "user" || !turns.length) turns.push([]);
+    turns.at(-1).push(message);
+  }
+  const compare = ([a], [b]) => a.sentAt - b.sentAt || (a.id < b.id ? -1 : 1);
+  return turns.sort(compare).flat();
 }
 
 /** Both tabs' messages, each in its furthest version. `mine` keeps its objects. */
@@ -33,12 +61,35 @@ export function merge(mine, stored) {
   const merged = mine.messages.map((message) => further(message, theirs.get(message.id)));
   const known = new Set(mine.messages.map((message) => message.id));
   merged.push(...stored.messages.filter((message) => !known.has(message.id)));
-  return { ...mine, updated: Math.max(mine.updated, stored.updated), messages: merged };
+  return { ...mine, updated: Math.max(mine.updated, stored.updated), messages: inOrder(merged) };
 }
 
+/** Whether `stored` has not heard of something in `mine`: two tabs that write at once overwrite each other. */
+export const lacks = (stored, mine) =>
+  mine.messages.some((message) => {
+    const theirs = stored.messages.find(({ id }) => id === message.id);
+    return !theirs || theirs.attempt < message.attempt || (isLive(theirs) && !isLive(message));
+  });
+
+const parse = (text) => {
+  try {
+    return JSON.parse(text ?? null);
+  } catch {
+    return null; // somebody else's
+  }
+};
+
 export class Store {
-  /** @param {(what: { chat?: string, meta?: boolean }) => void} onChange by another tab */
-  constructor(onChange) {
+  #unkept = new Map(); // what the browser did not take, by key
+  #onTrouble;
+
+  /**
+   * @param {(what: { chat?: string, meta?: boolean }) => void} onChange by another tab
+   * @param {(trouble: "" | "full" | "denied") => void} onTrouble whether the browser keeps all
+   */
+  constructor(onChange, onTrouble) {
+    this.#onTrouble = onTrouble;
+    this.#keep();
     addEventListener("storage", ({ key }) => {
       if (key === null) return onChange({ meta: true });
       if (key.startsWith(`${PREFIX}meta:`)) onChange({ meta: true });
@@ -46,50 +97,74 @@ export class Store {
     });
   }
 
-  #read(name) {
+  /** The browser's, or nothing where it has none for this page: then the mere name throws. */
+  get #kept() {
     try {
-      return JSON.parse(localStorage.getItem(PREFIX + name));
+      return localStorage;
     } catch {
       return null;
     }
   }
 
-  /** @returns {boolean} whether there was room */
+  #read(name) {
+    return parse(this.#unkept.get(name) ?? this.#kept?.getItem(PREFIX + name));
+  }
+
   #write(name, value) {
-    try {
-      localStorage.setItem(PREFIX + name, JSON.stringify(value));
-      return true;
-    } catch {
-      return false;
+    this.#unkept.set(name, JSON.stringify(value));
+    this.#keep();
+  }
+
+  /** Give the browser what it did not take before: there may be room now. */
+  #keep() {
+    const kept = this.#kept;
+    for (const [name, text] of this.#unkept) {
+      try {
+        kept.setItem(PREFIX + name, text);
+        this.#unkept.delete(name);
+      } catch {
+        // it stays where it is
+      }
     }
+    this.#onTrouble(!kept ? "denied" : this.#unkept.size ? "full" : "");
+  }
+
+  #names() {
+    const kept = Object.keys(this.#kept ?? {}).filter((key) => key.startsWith(PREFIX));
+    return new Set([...kept.map((key) => key.slice(PREFIX.length)), ...this.#unkept.keys()]);
   }
 
   /** What the list shows, newest first. */
   list() {
-    const begin = `${PREFIX}meta:`;
-    return Object.keys(localStorage)
-      .filter((key) => key.startsWith(begin))
-      .map((key) => ({ id: key.slice(begin.length), ...this.#read(key.slice(PREFIX.length)) }))
+    return [...this.#names()]
+      .filter((name) => name.startsWith("meta:"))
+      .map((name) => ({ id: name.slice("meta:".length), ...this.#read(name) }))
       .sort((a, b) => b.created - a.created);
   }
 
   load(id) {
-    return this.#read(`chat:${id}`);
+    const unkept = parse(this.#unkept.get(`chat:${id}`));
+    const kept = parse(this.#kept?.getItem(`${PREFIX}chat:${id}`));
+    return unkept ? merge(unkept, kept) : kept;
   }
 
-  /** Stores what this tab knows together with what others stored; false if there is no room. */
+  /** Stores what this tab knows together with what others stored. */
   save(conversation, { isNew = false } = {}) {
     const stored = this.load(conversation.id);
-    if (!stored && !isNew) return true; // deleted in another tab
+    if (!stored && !isNew) return; // deleted in another tab
     conversation.updated = Date.now();
     const merged = merge(conversation, stored);
-    const meta = { title: merged.title, created: merged.created, live: isLive(lastOf(merged)) };
-    return this.#write(`chat:${merged.id}`, merged) && this.#write(`meta:${merged.id}`, meta);
+    const meta = { title: merged.title, created: merged.created, live: Boolean(liveOf(merged)) };
+    this.#write(`chat:${merged.id}`, merged);
+    this.#write(`meta:${merged.id}`, meta);
   }
 
   remove(id) {
-    localStorage.removeItem(`${PREFIX}chat:${id}`);
-    localStorage.removeItem(`${PREFIX}meta:${id}`);
+    for (const name of [`chat:${id}`, `meta:${id}`]) {
+      this.#unkept.delete(name);
+      this.#kept?.removeItem(PREFIX + name);
+    }
+    this.#keep();
   }
 
   get settings() {

@@ -106,6 +106,8 @@ class MessageView {
 
 export class Transcript {
   #views = new Map();
+  #shown = "";
+  #plain = false;
   #atBottom = true;
   #top = 0;
 
@@ -136,18 +138,19 @@ export class Transcript {
     this.#stick();
   }
 
-  show(conversation, plain) {
-    this.plain = plain;
-    this.#views.clear();
-    this.root.replaceChildren();
-    for (const message of conversation.messages) this.add(message);
-    this.toEnd();
-  }
-
-  add(message) {
-    const view = new MessageView(message, this.plain, () => this.#stick());
-    this.#views.set(message.id, view);
-    this.root.append(view.root);
+  /** Show these messages; of the same conversation what is there already stays as it is. */
+  show({ id, messages }, plain) {
+    const isSame = id === this.#shown && plain === this.#plain;
+    const before = isSame ? this.#views : new Map();
+    const viewOf = (message) =>
+      before.get(message.id)?.message === message
+        ? before.get(message.id)
+        : new MessageView(message, plain, () => this.#stick());
+    this.#views = new Map(messages.map((message) => [message.id, viewOf(message)]));
+    this.root.replaceChildren(...[...this.#views.values()].map((view) => view.root));
+    [this.#shown, this.#plain] = [id, plain];
+    if (!isSame) this.#atBottom = true;
+    this.#stick();
   }
 
   view(message) {

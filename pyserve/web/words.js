@@ -15,6 +15,7 @@ const REASONS = {
   shutdown: "The server was shut down.",
   event_too_large: "A single piece of the answer was larger than the server may keep.",
   body_too_large: "The conversation is larger than the server takes.",
+  authorize: "This page could not get its permission.",
   http_404: "The server has no such route: it may have no model.",
   not_found: "This server has no model to ask.",
   http_429: "Too many requests. Wait a little.",
@@ -22,9 +23,16 @@ const REASONS = {
   http_503: "The server, or a proxy before it, is not available.",
   http_504: "A proxy did not wait long enough for the server.",
   http_401: "You are not logged in.",
+  http_403: "You are not allowed to.",
   http_413: "The conversation is larger than a proxy takes.",
   not_event_stream: "The answer was not a stream.",
   unsure: "The page was closed before the server had answered, so it is not known whether the question arrived.",
+};
+
+/** What is wrong with this browser's storage. */
+export const TROUBLES = {
+  full: "This browser keeps nothing: its storage is full. Delete a conversation, or what is new here is lost with this tab.",
+  denied: "This browser keeps nothing: it denies this page its storage. What is here is lost with this tab.",
 };
 
 const PASSING = {

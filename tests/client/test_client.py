@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 from aiohttp import web
-from cutting_proxy import Cut, CuttingProxy
+from cutting_proxy import Cut, CuttingProxy, cutting_proxy
 from serving import Server, serving, until
 
 import pyserve
@@ -246,19 +246,21 @@ async def test_bytes_that_are_no_longer_kept_are_an_error_unless_a_gap_is_welcom
 async def test_a_reader_that_was_overtaken_goes_on_behind_the_gap(
     make_client: Callable[..., Client],
 ) -> None:
-    async with serving(max_session_bytes=4096) as server:
+    async with (
+        serving(max_session_bytes=4096) as server,
+        cutting_proxy(server.runner.addresses[0][:2]) as proxy,
+    ):
         session = server.manager.create_or_replace("chat")
         session.append_event("first")
-        host, port = server.runner.addresses[0][:2]
-        client = make_client(f"http://{host}:{port}")
         gaps: list[Gap] = []
-        stream = client.attach("chat", on_gap=gaps.append)
+        stream = make_client(proxy.url).attach("chat", on_gap=gaps.append)
         assert (await anext(stream)).data == "first"
         read_before = stream.offset
-        await client.lookup(["chat"])
-        for number in range(100):  # at once: no reader can follow
+        await proxy.refuse()
+        for number in range(100):
             session.append_event(f"{number} " * 20)
         session.finalize()
+        await proxy.listen()
         rest = [event.data async for event in stream]
         assert gaps == [Gap(read_before or 0, session.dropped_prefix)]
         assert rest == [f"{number} " * 20 for number in range(100 - len(rest), 100)]
@@ -352,51 +354,6 @@ async def test_a_clean_end_without_the_logs_last_line_is_a_loss(
         assert asked_for == [0, 0, 21, 21, 58]
     finally:
         await runner.cleanup()
-
-
-# --- leaving and coming back
-
-
-async def test_who_breaks_off_leaves_and_can_go_on_from_there(
-    server: Server, client: Client
-) -> None:
-    session = server.manager.create_or_replace("chat")
-    for word in WORDS[:3]:
-        session.append_event(word)
-    stream = client.attach("chat")
-    async for event in stream:
-        if event.data == WORDS[1]:
-            break
-    assert stream.position == event.id
-    await stream.close()
-    await until(lambda: session.snapshot().readers == 0)
-    assert session.is_live
-    for word in WORDS[3:]:
-        session.append_event(word)
-    session.finalize()
-    assert await text_of(client.attach("chat", from_=stream.position)) == "".join(WORDS[2:])
-
-
-async def test_a_forgotten_stream_does_not_stay_attached(server: Server, client: Client) -> None:
-    session = server.manager.create_or_replace("chat")
-    session.append_event("hello")
-    async for _ in client.attach("chat"):
-        break
-    await until(lambda: session.snapshot().readers == 0)
-
-
-async def test_a_reader_that_is_cancelled_while_it_waits_loses_nothing(
-    server: Server, client: Client
-) -> None:
-    session = server.manager.create_or_replace("chat")
-    stream = client.attach("chat")
-    received = []
-    for word in WORDS:
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(anext(stream), 0.01)
-        session.append_event(word)
-        received.append((await anext(stream)).data)
-    assert received == WORDS
 
 
 def test_a_position_that_is_none_is_refused_before_anything_is_sent() -> None:

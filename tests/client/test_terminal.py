@@ -8,15 +8,11 @@ import shlex
 
 import orjson
 import pytest
-from click.testing import CliRunner
 from cutting_proxy import Cut, CuttingProxy
-from fake_upstream import LAST_CHUNK, SSE_HEAD, STALL, FakeUpstream, answer, chunk, stream, token
-from process import environment, pyserve_command
+from fake_upstream import LAST_CHUNK, SSE_HEAD, FakeUpstream, answer, chunk, stream, token
 from process import pyserve as pyserve_server
-from serving import Server, serving, until
+from serving import Server, serving
 from terminal import run
-
-from pyserve.cli import main
 
 DONE = b"data: [DONE]\n\n"
 WORDS = ["Hello", ", ", "wörld", " 🙂"]
@@ -167,6 +163,14 @@ async def test_on_a_terminal_thoughts_are_dimmed_and_nothing_moves_the_cursor(
     assert attached.out.text == "a\x1b[2Jb"  # a file gets the answer, as it is
 
 
+async def test_on_a_terminal_crlf_is_a_line_end_wherever_tokens_part_it(server: Server) -> None:
+    add_tokens(server, "one\r\ntwo\r", "\nthree\rfour")
+    server.session("chat").finalize()
+    async with run("attach", url_of(server), "chat", terminal=True) as attached:
+        await attached.finished()
+    assert attached.out.text == "one\r\ntwo\r\nthree\N{REPLACEMENT CHARACTER}four\r\n"
+
+
 async def test_bytes_that_are_no_longer_kept_are_told_and_never_missing_from_raw() -> None:
     async with serving(max_session_bytes=4096) as server:
         session = server.manager.create_or_replace("chat")
@@ -183,81 +187,7 @@ async def test_bytes_that_are_no_longer_kept_are_told_and_never_missing_from_raw
         assert attached.out.raw == b""
 
 
-# --- how it ends
-
-
-async def test_a_failed_generation_is_1_with_its_message(server: Server) -> None:
-    add_tokens(server, "Hel")
-    server.session("chat").finalize("failed", "upstream_lost")
-    async with run("attach", url_of(server), "chat") as attached:
-        assert await attached.exit_status() == 1
-    assert attached.out.text == "Hel"
-    message = "the generation failed: The connection to the upstream was lost (upstream_lost)"
-    assert attached.err.text == f"pyserve: {message}\n"
-
-
-async def test_a_stream_that_is_stopped_is_4_and_one_that_is_gone_is_3(server: Server) -> None:
-    add_tokens(server, "Hel")
-    async with run("attach", url_of(server), "chat") as attached:
-        await attached.out.wait_for("Hel")
-        async with run("stop", url_of(server), "chat") as stopped:
-            await stopped.finished()
-        assert await attached.exit_status() == 4
-    assert attached.err.text == "pyserve: stopped\n"
-    for command in ("attach", "stop"):
-        async with run(command, url_of(server), "chat") as late:
-            assert await late.exit_status() == 3
-        assert re.fullmatch("Error: there is no .*\n", late.err.text)
-
-
-async def test_stop_can_keep_what_was_written(server: Server) -> None:
-    add_tokens(server, "Hel")
-    async with run("stop", "--keep", url_of(server), "chat") as stopped:
-        await stopped.finished()
-    assert server.session("chat").state == "cancelled"
-    async with run("attach", url_of(server), "chat") as attached:
-        assert await attached.exit_status() == 4
-    assert attached.out.text == "Hel"
-
-
-async def test_a_server_that_is_not_there_or_no_pyserve_is_5(upstream: FakeUpstream) -> None:
-    upstream.play(answer(404, b"<html>nginx</html>"))
-    async with run("attach", "http://127.0.0.1:1", "chat") as attached:
-        assert await attached.exit_status() == 5
-    message = "cannot connect to http://127.0.0.1:1: connection refused"
-    assert attached.err.text == f"Error: {message}\n"
-    async with run("ask", upstream.url, "Hi") as asked:
-        assert await asked.exit_status() == 5
-    assert re.fullmatch(f"Error: {upstream.url} answers 404: not a pyserve\n", asked.err.text)
-
-
-async def test_a_server_that_stays_away_is_5(server: Server, proxy: CuttingProxy) -> None:
-    add_tokens(server, "Hel")
-    async with run("attach", "--give-up-after", "0.3", proxy.url, "chat") as attached:
-        await attached.out.wait_for("Hel")
-        await proxy.refuse()
-        assert await attached.exit_status() == 5
-    assert attached.err.text.splitlines()[-1].startswith("Error: ")
-    await proxy.listen()
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["attach"],
-        ["attach", "http://127.0.0.1:1", "http://127.0.0.1:2", "chat"],
-        ["attach", "two", "words"],
-        ["attach", "--url", "http://127.0.0.1:1", "http://127.0.0.1:1", "chat"],
-        ["attach", "--url", "gopher://x", "chat"],
-        ["attach", "--from", "-1", "chat"],
-        ["ask", "forgot", "the", "quotes"],
-    ],
-)
-def test_wrong_usage_is_2(arguments: list[str]) -> None:
-    told = CliRunner().invoke(main, arguments)
-    assert told.exit_code == 2
-    assert told.stderr.startswith("Usage: ")
-    assert "Error: " in told.stderr
+# --- both
 
 
 async def test_a_bearer_key_is_sent(upstream: FakeUpstream) -> None:
@@ -279,50 +209,3 @@ async def test_the_demo_can_be_asked_left_followed_and_stopped() -> None:
             async with run("stop", demo.url, "tour") as stopped:
                 await stopped.finished()
             assert await attached.exit_status() == 4
-
-
-async def test_ctrl_c_before_the_answer_says_that_nothing_is_certain(
-    generating: Server, upstream: FakeUpstream
-) -> None:
-    upstream.play((STALL,))
-    async with run("ask", url_of(generating), "--id", "chat", "Hi") as asked:
-        await upstream.exchange()
-        asked.interrupt()
-        assert await asked.exit_status() == 130
-    first, second = asked.err.text.splitlines()
-    assert "interrupted before the server answered" in first
-    assert second == f"  pyserve attach {url_of(generating)} chat"
-
-
-async def test_a_closed_pipe_ends_it_quietly(server: Server) -> None:
-    add_tokens(server, TEXT)
-    command = shlex.join(map(str, pyserve_command("attach", url_of(server), "chat")))
-    piped = await asyncio.create_subprocess_exec(
-        *("bash", "-o", "pipefail", "-c", f"{command} | head -c 5"),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env=environment(),
-    )
-    assert piped.stdout is not None
-    assert await piped.stdout.read(5) == b"Hello"
-    ending = asyncio.create_task(piped.communicate())
-
-    def ended() -> bool:
-        add_tokens(server, "more")  # until one meets the closed pipe
-        return ending.done()
-
-    await until(ended)
-    assert (piped.returncode, (await ending)[1]) == (1, b"")
-    assert server.session("chat").is_live
-
-
-async def test_an_error_that_the_upstream_put_into_a_stream_it_ended_is_1(server: Server) -> None:
-    session = server.manager.create_or_replace("c")
-    session.append_event('{"choices":[{"delta":{"content":"partial"}}]}')
-    session.append_event('{"error":{"message":"slot \\u001b]0;x\\u0007failed"}}')
-    session.finalize()
-    async with run("attach", url_of(server), "c") as attached:
-        assert await attached.exit_status() == 1
-    assert attached.out.text == "partial"
-    error = "the generation ended with an error: slot \N{REPLACEMENT CHARACTER}]0;x"
-    assert attached.err.text == f"pyserve: {error}\N{REPLACEMENT CHARACTER}failed\n"

@@ -1,34 +1,17 @@
 #include "../../csrc/fork_guard.hpp"
 
 #include <doctest/doctest.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
-#include <cstdio>
-#include <iostream>
 #include <memory>
 
 #include "../../csrc/session_manager.hpp"
+#include "forked.hpp"
 #include "support.hpp"
 
 namespace pyserve {
 namespace {
 
-// What `in_child` returns in a forked child. Nothing of the child's survives: no test output, no
-// destructors, no leak check.
-template <typename Question>
-bool answer_of_child(Question in_child) {
-  // What is still buffered would be written by the child, too.
-  std::cout.flush();
-  std::fflush(nullptr);
-  const pid_t child = ::fork();
-  REQUIRE(child >= 0);
-  if (child == 0) ::_exit(in_child() ? 1 : 0);
-  int status = 0;
-  REQUIRE(::waitpid(child, &status, 0) == child);
-  REQUIRE(WIFEXITED(status));
-  return WEXITSTATUS(status) == 1;
-}
+using test::answer_of_child;
 
 TEST_CASE("a guard knows a child from its own process") {
   const ForkGuard guard;

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "../../csrc/session_manager.hpp"
+#include "../../csrc/wakeup.hpp"
 #include "known_stream.hpp"
 #include "support.hpp"
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../../csrc/stream_session.hpp"
+#include "../../csrc/wakeup.hpp"
 #include "framer_reference.hpp"
 #include "support.hpp"
 

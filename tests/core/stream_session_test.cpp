@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "../../csrc/wakeup.hpp"
 #include "framer_reference.hpp"
 #include "support.hpp"
 

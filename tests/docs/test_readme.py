@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from fake_upstream import DONE, FakeUpstream, stream
+from needs import needs
 from process import Server
 from process import pyserve as serve
 from serving import serving
@@ -82,6 +83,7 @@ def normalised(output: str, epoch: str) -> str:
     return output.replace("\r", "")
 
 
+@needs("curl")
 def test_the_console_run_gives_the_output_shown(demo_url: str) -> None:
     (shown_epoch,) = set(re.findall(r"^id: ([0-9a-z]+)-", README, re.MULTILINE))
     epoch = shown_epoch
@@ -101,6 +103,7 @@ def test_the_console_run_gives_the_output_shown(demo_url: str) -> None:
         assert normalised(done.stdout, epoch).rstrip() == normalised(shown, shown_epoch).rstrip()
 
 
+@needs("curl")
 def test_the_embedding_example_survives_its_reader() -> None:
     with Server([sys.executable, EXAMPLE, "0"], listening=r"Running on (http://\S+)") as server:
         url = server.url
@@ -113,6 +116,7 @@ def test_the_embedding_example_survives_its_reader() -> None:
         assert rest.stdout.startswith("data: 2 bottles\nid: ")
 
 
+@needs("curl")
 @pytest.mark.parametrize("target", ["/count/" + "x" * 300, "/count/%00", "/count/c?from=zzz"])
 def test_the_embedding_example_answers_bad_requests_in_the_usual_shape(target: str) -> None:
     with Server([sys.executable, EXAMPLE, "0"], listening=r"Running on (http://\S+)") as server:

@@ -1,14 +1,28 @@
 """What every test of the routes has."""
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
 
 import pytest
 from fake_upstream import FakeUpstream
+from pump_spy import PumpSpy, spy_on_pump
 from serving import Serve, Server, serving
 
 from pyserve import _core
+from pyserve.process import fastest_loop
+
+Loops = Mapping[str, Callable[[], asyncio.AbstractEventLoop]]
+
+
+def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> Loops:
+    """asyncio's own loop, and for ``mark.asyncio(loop_factories=["asyncio", "uvloop"])`` both."""
+    loops = {"asyncio": asyncio.new_event_loop}
+    marker, uvloops = item.get_closest_marker("asyncio"), fastest_loop()
+    if marker is not None and marker.kwargs and uvloops is not None:
+        loops["uvloop"] = uvloops
+    return loops
 
 
 @pytest.fixture
@@ -25,6 +39,12 @@ def delivery_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     elif not hasattr(_core, "SocketPump"):
         pytest.skip("there is no pump on this platform")
     return request.param
+
+
+@pytest.fixture
+def pump(monkeypatch: pytest.MonkeyPatch) -> PumpSpy:
+    """What the pump is given."""
+    return spy_on_pump(monkeypatch)
 
 
 @pytest.fixture

@@ -82,6 +82,7 @@ async def test_a_reader_whose_next_byte_was_dropped_is_reset(serve: Serve, versi
     server = await serve(max_session_bytes=300_000)
     session = filled(server, 100_000)
     _, response = await slow_reader(server, version)
+    await response.read_until(b"data: ")
     while session.dropped_prefix < 1_000_000:
         session.append(token("x" * 900))
         await asyncio.sleep(0)
@@ -97,6 +98,7 @@ async def test_a_lost_reader_has_read_a_true_prefix(serve: Serve) -> None:
     session = server.manager.create_or_replace("c")
     session.append(token("0"))
     _, response = await slow_reader(server)
+    await response.read_until(b"\n\n")
     number = 0
     while session.dropped_prefix < 1_000_000:
         number += 1

@@ -11,10 +11,9 @@ from typing import Self
 from urllib.parse import unquote
 
 import aiohttp
+from chromium import PATIENCE_S
 from playwright.async_api import BrowserContext, Page, expect
 from yarl import URL
-
-PATIENCE_S = 15.0
 
 
 async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:

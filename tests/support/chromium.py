@@ -11,7 +11,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
-from playwright.async_api import Browser, Playwright
+from playwright.async_api import Browser, BrowserContext, Playwright, async_playwright, expect
+
+#: How long a page may take for anything.
+PATIENCE_S = 15.0
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 
@@ -30,9 +33,29 @@ needs_chromium = pytest.mark.skipif(
 )
 
 
-async def launch(playwright: Playwright) -> Browser:
+@asynccontextmanager
+async def driver() -> AsyncIterator[Playwright]:
+    """Playwright, with patience."""
+    expect.set_options(timeout=PATIENCE_S * 1000)
+    async with async_playwright() as playwright:
+        yield playwright
+
+
+@asynccontextmanager
+async def launched(playwright: Playwright) -> AsyncIterator[Browser]:
     """A browser whose pages are all in front, as Playwright has it."""
-    return await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    yield browser
+    await browser.close()
+
+
+@asynccontextmanager
+async def new_profile(browser: Browser) -> AsyncIterator[BrowserContext]:
+    """A person's browser that knows nothing yet; its pages share what they keep."""
+    context = await browser.new_context()
+    context.set_default_timeout(PATIENCE_S * 1000)
+    yield context
+    await context.close()
 
 
 @asynccontextmanager

@@ -56,6 +56,12 @@ test("a comment is the last line only while nothing follows it", () => {
   assert.equal(decode(bytes(": end completed\r"), bytes("\n")).lastComment, "end completed");
 });
 
+test("a comment within an event is no last line", () => {
+  for (const field of ["data: x", "event: x", "id: e1-5", "retry: 1000", "unknown"])
+    assert.equal(decode(bytes(`${field}\n: end completed\n`)).lastComment, null, field);
+  assert.equal(decode(bytes("data: x\n\n: end completed\n")).lastComment, "end completed");
+});
+
 test("an id that holds NUL is ignored", () => {
   assert.equal(decode(bytes("id: a\0b\ndata: x\n\n")).events[0].id, "");
 });

@@ -284,3 +284,54 @@ test("a listener that throws is reported and does not end the stream", async (t)
   const { state } = await client(server).attach("x", { onEvent }).done;
   assert.deepEqual([state, seen, (await reported).message], ["completed", 2, "mine"]);
 });
+
+test("a head that is slow is waited for longer and longer, until it comes", async (t) => {
+  const server = await scripted(t, (response) => {
+    const answering = setTimeout(() => {
+      head(response);
+      response.end(event(10) + END);
+    }, 200);
+    response.on("close", () => clearTimeout(answering));
+  });
+  const seen = recorder();
+  const slow = createClient({ base: server.url, heartbeatMs: 20, minDelayMs: 1, maxDelayMs: 1000 });
+  const { state } = await slow.attach("x", seen).done;
+  assert.equal(state, "completed");
+  // 70 ms four times, then 140, then 280.
+  const waits = seen.states.filter((status) => status.state === "retrying");
+  assert.deepEqual(waits.map(({ attempt, why }) => `${why} ${attempt}`), [1, 2, 3, 4, 5].map((n) => `stall ${n}`));
+});
+
+test("a connection that held for long is a good one, though no event came", async (t) => {
+  const holdFor = (ms) => (response) => {
+    head(response);
+    const beating = setInterval(() => response.write(": ping\n"), 10);
+    setTimeout(cut, ms, response);
+    response.on("close", () => clearInterval(beating));
+  };
+  const server = await scripted(t, cut, cut, holdFor(10), holdFor(300), (response) => {
+    head(response);
+    response.end(event(10) + END);
+  });
+  const seen = recorder();
+  await createClient({ base: server.url, heartbeatMs: 40, minDelayMs: 1 }).attach("x", seen).done;
+  const waits = seen.states.filter((status) => status.state === "retrying");
+  assert.deepEqual(waits.map(({ attempt }) => attempt), [1, 2, 3, 1]);
+});
+
+test("what looks like the end in the middle of an event is none", async (t) => {
+  const server = await scripted(
+    t,
+    (response) => {
+      head(response);
+      response.end(event(10) + "data: half\n" + END);
+    },
+    (response) => {
+      head(response, { offset: 10 });
+      response.end(event(20) + END);
+    },
+  );
+  const seen = recorder();
+  assert.equal((await client(server).attach("x", seen).done).state, "completed");
+  assert.deepEqual(seen.events.map(({ offset }) => offset), [10, 20]);
+});

@@ -1,6 +1,7 @@
 // A tab that is hidden, shown, asleep, or gets its network back.
 
 import assert from "node:assert/strict";
+import { once } from "node:events";
 import { test } from "node:test";
 
 import { createClient } from "../../pyserve/web/pyserve.js";
@@ -146,4 +147,32 @@ test("a hidden tab gives way when three others were hidden after it, and not bef
   others.close();
   tab.become("visible");
   assert.equal((await handle.done).state, "completed");
+});
+
+test("a tab hidden while its POST had no answer lets go as soon as it has one", async (t) => {
+  const tab = page(t);
+  let answer;
+  let closed;
+  const post = (response) => {
+    closed = once(response, "close");
+    answer = () => open(response);
+  };
+  const server = await scripted(t, post, (response) => {
+    head(response);
+    response.end(event(10) + event(20) + END);
+  });
+  const seen = recorder();
+  const handle = createClient({ base: server.url, hiddenMs: 0 }).submit({}, seen);
+  while (!answer) await new Promise((resolve) => setTimeout(resolve, 5));
+  tab.become("hidden");
+  await new Promise((resolve) => setTimeout(resolve, 20));
+  assert.equal(handle.state, "connecting");
+  answer();
+  await seen.until(() => handle.state === "hidden");
+  await closed;
+  assert.equal(handle.epoch, "e1");
+  tab.become("visible");
+  assert.equal((await handle.done).state, "completed");
+  assert.deepEqual(seen.events.map((one) => one.offset), [10, 20]);
+  assert.deepEqual(server.requests.map(({ method }) => method), ["POST", "GET"]);
 });

@@ -17,13 +17,15 @@ class Storage {
   }
 }
 globalThis.addEventListener = () => {};
-const { merge, Store } = await import("../../pyserve/web/store.js");
+const { giveUpIfLost, lacks, liveOf, merge, Store } = await import("../../pyserve/web/store.js");
+
+const newStore = (onTrouble = () => {}) => new Store(() => {}, onTrouble);
 
 beforeEach(() => {
-  globalThis.localStorage = new Storage();
+  Object.defineProperty(globalThis, "localStorage", { value: new Storage(), configurable: true });
 });
 
-const question = { id: "q", role: "user", text: "?" };
+const question = { id: "q", role: "user", sentAt: 1, text: "?" };
 const answer = (changes) => ({ id: "a", role: "assistant", attempt: 0, state: "streaming", offset: 0, text: "", ...changes });
 const chat = (...messages) => ({ id: "x", title: "T", created: 1, updated: 1, messages });
 const winner = (mine, theirs) => merge(chat(question, mine), chat(question, theirs)).messages[1];
@@ -31,6 +33,7 @@ const winner = (mine, theirs) => merge(chat(question, mine), chat(question, thei
 test("the version of an answer that came further is kept", () => {
   const order = [
     answer({ state: "sent" }),
+    answer({ state: "failed", reason: "unsure" }),
     answer({ offset: 10 }),
     answer({ offset: 20 }),
     answer({ state: "cancelled", offset: 15 }),
@@ -49,17 +52,17 @@ test("of two that came equally far, this tab's object stays", () => {
 });
 
 test("saving keeps what another tab has asked meanwhile", () => {
-  const store = new Store(() => {});
+  const store = newStore();
   const mine = chat(question, answer({ offset: 10 }));
   store.save(mine, { isNew: true });
-  store.save(chat(question, answer({ state: "completed", offset: 30 }), { id: "q2", role: "user", text: "!" }));
+  store.save(chat(question, answer({ state: "completed", offset: 30 }), { id: "q2", role: "user", sentAt: 2, text: "!" }));
   store.save(mine);
   assert.deepEqual(store.load("x").messages.map(({ id }) => id), ["q", "a", "q2"]);
   assert.equal(store.load("x").messages[1].offset, 30);
 });
 
 test("a conversation that was deleted is not brought back by a tab that still follows it", () => {
-  const store = new Store(() => {});
+  const store = newStore();
   const mine = chat(question, answer());
   store.save(mine, { isNew: true });
   store.remove("x");
@@ -69,14 +72,86 @@ test("a conversation that was deleted is not brought back by a tab that still fo
 });
 
 test("the list shows the newest first, and what is being answered", () => {
-  const store = new Store(() => {});
+  const store = newStore();
   store.save(chat(question, answer()), { isNew: true });
   store.save({ ...chat(question, answer({ state: "completed" })), id: "y", created: 2 }, { isNew: true });
   assert.deepEqual(store.list().map(({ id, live }) => [id, live]), [["y", false], ["x", true]]);
 });
 
-test("a full storage is told, and breaks nothing", () => {
-  const store = new Store(() => {});
+test("two tabs that ask at the same moment come to the same order, each answer with its question", () => {
+  const turn = (name, sentAt) => [{ ...question, id: `q${name}`, sentAt }, answer({ id: `a${name}` })];
+  for (const [sentAt, order] of [
+    [7, ["q", "q1", "a1", "q2", "a2"]],
+    [4, ["q", "q2", "a2", "q1", "a1"]],
+    [5, ["q", "q1", "a1", "q2", "a2"]], // the same millisecond: by the id
+  ]) {
+    const one = chat(question, ...turn(1, 5));
+    const other = chat(question, ...turn(2, sentAt));
+    assert.deepEqual(merge(one, other).messages.map(({ id }) => id), order);
+    assert.deepEqual(merge(other, one).messages.map(({ id }) => id), order);
+  }
+});
+
+test("what another tab overwrote is noticed: a question, a retry, an ending; how far it has read is not", () => {
+  const mine = (changes) => chat(question, answer(changes));
+  assert.equal(lacks(chat(question), mine({})), true);
+  assert.equal(lacks(mine({}), mine({ attempt: 1 })), true);
+  assert.equal(lacks(mine({}), mine({ state: "completed" })), true);
+  assert.equal(lacks(mine({ offset: 5 }), mine({ offset: 10 })), false);
+  assert.equal(lacks(mine({ state: "completed" }), mine({})), false);
+  assert.equal(lacks(mine({}), chat(question)), false);
+});
+
+test("a conversation is live while any of its answers is, and what is read comes before what was sent", () => {
+  const [first, second] = [answer({ id: "a1" }), answer({ id: "a2", state: "sent" })];
+  assert.equal(liveOf(chat(first, second)), first);
+  first.state = "completed";
+  assert.equal(liveOf(chat(first, second)), second);
+  second.state = "failed";
+  assert.equal(liveOf(chat(first, second)), undefined);
+});
+
+test("a question nobody has an answer to is given up after its key's life, and not before", () => {
+  const sent = (ageMs) => answer({ state: "sent", key: "k", sentAt: Date.now() - ageMs });
+  const [young, old] = [sent(50_000), sent(61_000)];
+  assert.equal(giveUpIfLost(young), false);
+  assert.equal(young.state, "sent");
+  assert.equal(giveUpIfLost(old), true);
+  assert.deepEqual([old.state, old.reason], ["failed", "unsure"]);
+  assert.equal(giveUpIfLost({ ...sent(61_000), state: "streaming" }), false);
+});
+
+test("what a full storage does not take stays in this tab, is told, and is stored when there is room", () => {
+  const told = [];
+  const store = newStore((trouble) => told.push(trouble));
+  store.save(chat(question), { isNew: true });
   localStorage.setItem("full", "yes");
-  assert.equal(store.save(chat(question), { isNew: true }), false);
+  const asked = chat(question, answer({ offset: 10 }));
+  store.save(asked);
+  assert.deepEqual(store.load("x"), asked);
+  assert.deepEqual(store.list().map(({ id, live }) => [id, live]), [["x", true]]);
+  assert.equal(newStore().load("x").messages.length, 1); // another tab knows less
+  localStorage.removeItem("full");
+  store.settings = { plain: true };
+  assert.deepEqual(newStore().load("x"), asked);
+  assert.deepEqual([...new Set(told)], ["", "full"]);
+  assert.equal(told.at(-1), "");
+});
+
+test("a storage that is denied is told at once, and all works without it", () => {
+  Object.defineProperty(globalThis, "localStorage", {
+    get: () => {
+      throw new Error("SecurityError");
+    },
+    configurable: true,
+  });
+  const told = [];
+  const store = newStore((trouble) => told.push(trouble));
+  assert.deepEqual(told, ["denied"]);
+  store.save(chat(question), { isNew: true });
+  store.settings = { ...store.settings, plain: true };
+  assert.deepEqual([store.load("x").messages, store.list().length, store.settings.plain], [[question], 1, true]);
+  store.remove("x");
+  assert.deepEqual([store.load("x"), store.list()], [null, []]);
+  assert.equal(told.at(-1), "denied");
 });

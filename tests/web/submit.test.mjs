@@ -85,12 +85,12 @@ test("a body that breaks before its first event is followed from the start of th
 
 test("a POST's error is an ending: its status, reason, message and figures are there", async (t) => {
   const server = await scripted(t, (response) =>
-    refuse(response, 503, "model_loading", { n_ctx: 7 }, { "Retry-After": "3" }),
+    refuse(response, 502, "upstream_unreachable", { n_ctx: 7 }, { "Retry-After": "0" }),
   );
   const { state, reason, error } = await client(server).submit({}).done;
-  assert.deepEqual([state, reason], ["failed", "model_loading"]);
+  assert.deepEqual([state, reason], ["failed", "upstream_unreachable"]);
   assert.ok(error instanceof PyserveError);
-  assert.deepEqual([error.status, error.message, error.retryAfter], [503, "it is model_loading", 3]);
+  assert.deepEqual([error.status, error.message, error.retryAfter], [502, "it is upstream_unreachable", null]);
   assert.equal(error.details.n_ctx, 7);
   assert.equal(server.requests.length, 1);
 });
@@ -164,4 +164,63 @@ test("stop() while the POST is lost never starts it again", async (t) => {
   await handle.stop();
   assert.equal((await handle.done).state, "cancelled");
   assert.equal(server.requests.filter(({ method }) => method === "POST").length, 1);
+});
+
+test("stop() while a refused POST waits for its time never starts it", async (t) => {
+  const server = await scripted(
+    t,
+    (response) => refuse(response, 503, "model_loading", {}, { "Retry-After": "50" }),
+    (response) => response.writeHead(204).end(),
+  );
+  const seen = recorder();
+  const handle = client(server).submit({}, seen);
+  await seen.until(() => handle.state === "retrying");
+  assert.deepEqual([handle.status.delayMs, handle.status.why], [50_000, "model_loading"]);
+  await handle.stop();
+  assert.equal((await handle.done).state, "cancelled");
+  assert.equal(server.requests.filter(({ method }) => method === "POST").length, 1);
+});
+
+test("stop() and lookup() that get no answer end by themselves", async (t) => {
+  const server = await scripted(t, () => {});
+  const hasty = client(server, { answerMs: 30 });
+  await assert.rejects(hasty.stop("x"), { name: "TimeoutError" });
+  await assert.rejects(hasty.lookup(["x"]), { name: "TimeoutError" });
+});
+
+test("an authorize that throws ends what it was asked for, and nothing is sent", async (t) => {
+  const server = await scripted(t, finish);
+  const broken = client(server, {
+    authorize: () => {
+      throw new Error("no token");
+    },
+  });
+  for (const handle of [broken.attach("x"), broken.submit({})]) {
+    const { state, reason, error } = await handle.done;
+    assert.deepEqual([state, reason, error.message, error.cause.message], ["failed", "authorize", "no token", "no token"]);
+  }
+  await assert.rejects(broken.stop("x"), { reason: "authorize" });
+  assert.equal(server.requests.length, 0);
+});
+
+test("an authorize that finds no network is asked again", async (t) => {
+  const server = await scripted(t, finish);
+  let calls = 0;
+  const authorize = () => {
+    if (++calls === 1) throw new TypeError("Failed to fetch");
+  };
+  const seen = recorder();
+  const handle = client(server, { authorize }).attach("x", seen);
+  assert.equal((await handle.done).state, "completed");
+  assert.equal(seen.states.find(({ state }) => state === "retrying").why, "connection_lost");
+});
+
+test("an authorize that never answers is waited for no longer than a server", async (t) => {
+  const server = await scripted(t, finish);
+  let calls = 0;
+  const authorize = () => (++calls === 1 ? new Promise(() => {}) : undefined);
+  const seen = recorder();
+  const handle = client(server, { authorize, heartbeatMs: 20 }).attach("x", seen);
+  assert.equal((await handle.done).state, "completed");
+  assert.equal(seen.states.find(({ state }) => state === "retrying").why, "stall");
 });

@@ -10,11 +10,11 @@ from typing import Any
 import aiohttp
 import pytest
 import pytest_asyncio
-from chat_page import PATIENCE_S, Chat, Log
-from chromium import launch
+from chat_page import Chat, Log
+from chromium import driver, launched, new_profile
 from cutting_proxy import CuttingProxy, cutting_proxy
 from gate import Gate, gate
-from playwright.async_api import Browser, BrowserContext, Playwright, async_playwright, expect
+from playwright.async_api import Browser, BrowserContext, Playwright
 from process import Server
 from serving import serving
 from yarl import URL
@@ -22,16 +22,14 @@ from yarl import URL
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def playwright() -> AsyncIterator[Playwright]:
-    expect.set_options(timeout=PATIENCE_S * 1000)
-    async with async_playwright() as started:
+    async with driver() as started:
         yield started
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def browser(playwright: Playwright) -> AsyncIterator[Browser]:
-    browser = await launch(playwright)
-    yield browser
-    await browser.close()
+    async with launched(playwright) as browser:
+        yield browser
 
 
 def watch(context: BrowserContext) -> list[str]:
@@ -50,12 +48,10 @@ def watch(context: BrowserContext) -> list[str]:
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def profile(browser: Browser) -> AsyncIterator[BrowserContext]:
-    """A person's browser that knows nothing yet. No page in it may complain of anything."""
-    context = await browser.new_context()
-    context.set_default_timeout(PATIENCE_S * 1000)
-    complaints = watch(context)
-    yield context
-    await context.close()
+    """A browser that knows nothing yet. No page in it may complain of anything."""
+    async with new_profile(browser) as context:
+        complaints = watch(context)
+        yield context
     assert complaints == []
 
 
@@ -68,6 +64,10 @@ async def http() -> AsyncIterator[aiohttp.ClientSession]:
         yield session
 
 
+#: Opens a tab at an address.
+OpenChat = Callable[..., Awaitable[Chat]]
+
+
 @dataclass
 class Scene:
     """A pyserve in front of a gate in front of llama.cpp, and a wire from pyserve to browsers."""
@@ -77,6 +77,15 @@ class Scene:
     server_url: str
     http: aiohttp.ClientSession
     stack: AsyncExitStack
+
+    async def begin(self, open_chat: OpenChat, events: int, **options: Any) -> tuple[Chat, Log]:
+        """A page whose answer is held after so many events, all of which it shows."""
+        self.gate.hold(after_events=events)
+        chat: Chat = await open_chat(self.wire.url, **options)
+        await chat.ask()
+        log = await self.follow(chat)
+        await self.let(events, log, chat)
+        return chat, log
 
     async def follow(self, chat: Chat) -> Log:
         """The log of what this page asked for, from its first byte on."""
@@ -114,9 +123,6 @@ async def set_scene(llama: Server, http: aiohttp.ClientSession) -> AsyncIterator
 @pytest_asyncio.fixture(loop_scope="session")
 async def scene(set_scene: SetScene) -> Scene:
     return await set_scene()
-
-
-OpenChat = Callable[..., Awaitable[Chat]]
 
 
 @pytest.fixture

@@ -39,11 +39,7 @@ OFFLINE_S = 10.0
 async def test_offline_for_ten_seconds_and_back(
     scene: Scene, open_chat: OpenChat, profile: BrowserContext
 ) -> None:
-    scene.gate.hold(after_events=20)
-    chat = await open_chat(scene.wire.url, tokens=TOKENS)
-    await chat.ask()
-    log = await scene.follow(chat)
-    await scene.let(20, log, chat)
+    chat, log = await scene.begin(open_chat, 20, tokens=TOKENS)
     text = log.text
 
     # A browser that is told to be offline keeps the connections that it has.
@@ -70,11 +66,7 @@ async def test_offline_for_ten_seconds_and_back(
 async def test_a_connection_that_falls_silent_is_noticed_and_replaced(
     scene: Scene, open_chat: OpenChat
 ) -> None:
-    scene.gate.hold(after_events=20)
-    chat = await open_chat(scene.wire.url, tokens=TOKENS)
-    await chat.ask()
-    log = await scene.follow(chat)
-    await scene.let(20, log, chat)
+    chat, log = await scene.begin(open_chat, 20, tokens=TOKENS)
     shown = log.text
     scene.wire.mute("/v1/chat/completions")
     await scene.let(60, log)
@@ -181,11 +173,7 @@ async def test_bytes_that_were_dropped_are_shown_as_a_gap_and_it_goes_on(
     set_scene: SetScene, open_chat: OpenChat
 ) -> None:
     scene = await set_scene(max_session_bytes=4096)
-    scene.gate.hold(after_events=10)
-    chat = await open_chat(scene.wire.url, tokens=TOKENS)
-    await chat.ask()
-    log = await scene.follow(chat)
-    await scene.let(10, log, chat)
+    chat, log = await scene.begin(open_chat, 10, tokens=TOKENS)
     await scene.wire.refuse()
     await chat.is_in("retrying")
     for events in range(12, 81, 2):  # so that the log's other reader stays within what is kept
@@ -252,6 +240,19 @@ async def test_an_upstream_that_refuses_is_explained_and_retry_asks_again(
     await chat.retry.click()
     await chat.is_in("completed")
     assert await chat.text() == await (await scene.follow(chat)).whole()
+
+
+async def test_a_model_that_is_still_loading_is_waited_for(
+    scene: Scene, open_chat: OpenChat
+) -> None:
+    loading = {"code": 503, "message": "Loading model", "type": "unavailable_error"}
+    scene.gate.refusals.append(web.json_response({"error": loading}, status=503))
+    chat = await open_chat(scene.wire.url, tokens=TOKENS)
+    await chat.ask()
+    await chat.is_in("completed")
+    assert "The model is still loading. Trying again" in await chat.said()
+    assert await chat.text() == await (await scene.follow(chat)).whole()
+    assert scene.gate.generations == 2
 
 
 async def test_a_question_that_was_never_answered_is_asked_once_more_not_twice(

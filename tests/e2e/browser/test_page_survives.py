@@ -29,11 +29,7 @@ EVENTS = TOKENS + 3
 async def test_reloaded_it_goes_on_where_it_was(
     scene: Scene, open_chat: OpenChat, shown: int
 ) -> None:
-    scene.gate.hold(after_events=shown)
-    chat = await open_chat(scene.wire.url, tokens=TOKENS)
-    await chat.ask()
-    log = await scene.follow(chat)
-    await scene.let(shown, log, chat)
+    chat, log = await scene.begin(open_chat, shown, tokens=TOKENS)
     await chat.page.reload()
     await chat.is_in("streaming", "reattached")
     await chat.shows(log.text)
@@ -101,11 +97,7 @@ async def test_reloaded_again_and_again_it_is_complete(scene: Scene, open_chat: 
 async def test_a_second_tab_follows_and_so_does_one_opened_after_the_first_is_closed(
     scene: Scene, open_chat: OpenChat
 ) -> None:
-    scene.gate.hold(after_events=20)
-    first = await open_chat(scene.wire.url, tokens=TOKENS)
-    await first.ask()
-    log = await scene.follow(first)
-    await scene.let(20, log, first)
+    first, log = await scene.begin(open_chat, 20, tokens=TOKENS)
     second = await open_chat(scene.wire.url, first.conversation_id)
     await scene.let(40, log, first, second)
     await first.page.close()
@@ -145,11 +137,7 @@ async def test_stop_in_the_other_tab_ends_it_for_both_and_frees_the_slot(
     scene: Scene, open_chat: OpenChat, llama: Server
 ) -> None:
     await wait_busy_slots(scene.http, llama.url, 0)
-    scene.gate.hold(after_events=20)
-    first = await open_chat(scene.wire.url, tokens=LONG)
-    await first.ask()
-    log = await scene.follow(first)
-    await scene.let(20, log, first)
+    first, log = await scene.begin(open_chat, 20, tokens=LONG)
     second = await open_chat(scene.wire.url, first.conversation_id)
     await scene.let(30, log, first, second)
     await wait_busy_slots(scene.http, llama.url, 1)

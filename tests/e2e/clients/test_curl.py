@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,14 +13,12 @@ from aiohttp import web
 from cutting_proxy import Cut, CuttingProxy
 from gate import Gate
 from llama import chat
+from needs import needs
 
 if TYPE_CHECKING:
     from conftest import Generation
 
-pytestmark = [
-    pytest.mark.asyncio(loop_scope="module"),
-    pytest.mark.skipif(not shutil.which("curl") and "CI" not in os.environ, reason="needs curl"),
-]
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), needs("curl")]
 
 
 async def run(*command: str | Path, **env: str) -> bytes:
@@ -29,8 +26,12 @@ async def run(*command: str | Path, **env: str) -> bytes:
     process = await asyncio.create_subprocess_exec(
         *map(str, command), stdout=asyncio.subprocess.PIPE, env={**os.environ, **env}
     )
-    async with asyncio.timeout(20):
-        output, _ = await process.communicate()
+    try:
+        async with asyncio.timeout(20):
+            output, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
     assert process.returncode == 0
     return output
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 import pytest_asyncio
-from chromium import launch, needs_chromium
+from chromium import driver, launched, needs_chromium, new_profile
 from cutting_proxy import CuttingProxy
 from gate import Gate
 from llama import wait_busy_slots
-from playwright.async_api import Browser, BrowserContext, Page, async_playwright, expect
+from playwright.async_api import Browser, BrowserContext, Page, expect
 from process import Server, pyserve
 from yarl import URL
 
@@ -26,8 +26,6 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), needs_chromium]
 TOKENS = 120
 EARLY = 20
 
-PATIENCE_S = 20.0
-
 # A settings dialog's work: without a limit each generation fills the context.
 LIMIT = f"""
     localStorage.setItem("LlamaUi.config", JSON.stringify({{ max_tokens: {TOKENS} }}));
@@ -37,20 +35,14 @@ LIMIT = f"""
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def browser() -> AsyncIterator[Browser]:
-    async with async_playwright() as playwright:
-        browser = await launch(playwright)
+    async with driver() as playwright, launched(playwright) as browser:
         yield browser
-        await browser.close()
 
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def profile(browser: Browser) -> AsyncIterator[BrowserContext]:
-    """A browser that knows nothing yet; its pages share what they keep."""
-    context = await browser.new_context()
-    context.set_default_timeout(PATIENCE_S * 1000)
-    expect.set_options(timeout=PATIENCE_S * 1000)
-    yield context
-    await context.close()
+    async with new_profile(browser) as context:
+        yield context
 
 
 class Chat:
@@ -111,6 +103,15 @@ def open_chat(
 OpenChat = Callable[..., Awaitable[Chat]]
 
 
+async def begin(open_chat: OpenChat, gated: Gate, *where: str, **options: Any) -> Chat:
+    """A page whose answer is held after its first tokens, and shows them."""
+    gated.hold(after_events=EARLY)
+    chat = await open_chat(*where, **options)
+    await chat.ask()
+    await expect(chat.answer).not_to_be_empty()
+    return chat
+
+
 async def look_up(generation: Generation) -> list[dict[str, Any]]:
     body = {"conversation_ids": [generation.id]}
     url = f"{generation.server_url}/v1/streams/lookup"
@@ -122,10 +123,7 @@ async def look_up(generation: Generation) -> list[dict[str, Any]]:
 async def test_reloaded_in_the_middle_it_goes_on_and_ends_complete(
     open_chat: OpenChat, gated: Gate, generation: Generation
 ) -> None:
-    gated.hold(after_events=EARLY)
-    chat = await open_chat()
-    await chat.ask()
-    await expect(chat.answer).not_to_be_empty()
+    chat = await begin(open_chat, gated)
     async with chat.page.expect_response("**/v1/stream?**") as reading:
         await chat.page.reload()
     assert (await reading.value).status == 200
@@ -143,10 +141,7 @@ async def test_reloaded_in_the_middle_it_goes_on_and_ends_complete(
 async def test_closed_in_the_middle_and_opened_after_the_end_it_shows_all(
     open_chat: OpenChat, gated: Gate, generation: Generation
 ) -> None:
-    gated.hold(after_events=EARLY)
-    chat = await open_chat()
-    await chat.ask()
-    await expect(chat.answer).not_to_be_empty()
+    chat = await begin(open_chat, gated)
     url = chat.page.url
     await chat.page.close()
     await gated.open()
@@ -158,10 +153,7 @@ async def test_closed_in_the_middle_and_opened_after_the_end_it_shows_all(
 async def test_a_lost_connection_is_resumed_at_the_byte(
     open_chat: OpenChat, gated: Gate, wire: CuttingProxy, generation: Generation
 ) -> None:
-    gated.hold(after_events=EARLY)
-    chat = await open_chat(wire.url)
-    await chat.ask()
-    await expect(chat.answer).not_to_be_empty()
+    chat = await begin(open_chat, gated, wire.url)
     async with chat.page.expect_response("**/v1/stream?**"):
         await wire.break_all()
     (position,) = wire.positions
@@ -175,10 +167,7 @@ async def test_a_lost_connection_is_resumed_at_the_byte(
 async def test_heartbeats_keep_it_from_taking_a_silence_for_a_loss(
     open_chat: OpenChat, gated: Gate, generation: Generation
 ) -> None:
-    gated.hold(after_events=EARLY)
-    chat = await open_chat()
-    await chat.ask()
-    await expect(chat.answer).not_to_be_empty()
+    chat = await begin(open_chat, gated)
     asked = list(chat.requests)
     (begun,) = await look_up(generation)
     silent_for_s = 4
@@ -201,10 +190,7 @@ async def test_stop_stops_the_slot(
     open_chat: OpenChat, gated: Gate, llama: Server, http: aiohttp.ClientSession, generation: Any
 ) -> None:
     await wait_busy_slots(http, llama.url, 0)
-    gated.hold(after_events=EARLY)
-    chat = await open_chat(limit=False)
-    await chat.ask()
-    await expect(chat.answer).not_to_be_empty()
+    chat = await begin(open_chat, gated, limit=False)
     (busy,) = [slot for slot in await slots(http, llama) if slot["is_processing"]]
     await chat.stop.click()
     await wait_busy_slots(http, llama.url, 0)
@@ -221,10 +207,7 @@ async def test_stop_stops_the_slot(
 async def test_the_sidebar_s_spinner_follows_the_lookup(
     open_chat: OpenChat, gated: Gate, generation: Generation
 ) -> None:
-    gated.hold(after_events=EARLY)
-    chat = await open_chat()
-    await chat.ask()
-    await expect(chat.answer).not_to_be_empty()
+    chat = await begin(open_chat, gated)
     await chat.page.close()  # what another tab knows of it, it knows from pyserve
     other = await open_chat()
     await other.page.get_by_label("Expand navigation").click()

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from aiohttp import web
 from fake_upstream import FakeUpstream, answer
 from process import Server, pyserve
 from serving import Server as InProcess
 from serving import serving
 
 from pyserve import Config, ConfigError, create_app
+from pyserve.routes.upstream_page import MAX_FILE_BYTES
 
 PAGE = gzip.compress(b"<!doctype html>a page")
 HEADERS = {
@@ -104,6 +106,30 @@ async def test_a_file_that_breaks_off_is_an_error_and_no_half_page(
     upstream.play(answer(200, PAGE, kind="text/html")[:-1])
     response = await site.fetch("GET", "/")
     assert (response.status, response.error["reason"]) == (502, "upstream_lost")
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("path", ["/", "/sw.js"])
+async def test_who_may_not_come_in_gets_no_file(
+    upstream: FakeUpstream, method: str, path: str
+) -> None:
+    async def authenticate(request: web.Request) -> str:
+        if "X-Key" not in request.headers:
+            raise web.HTTPUnauthorized
+        return "ada"
+
+    app = create_app(Config(upstream=upstream.url, ui="upstream"), authenticate=authenticate)
+    async with serving(app) as site:
+        assert (await site.fetch(method, path)).status == 401
+        assert upstream.exchanges == []
+        assert (await site.fetch("GET", path, {"X-Key": "hers"})).status == 200
+
+
+async def test_a_file_has_a_bound(upstream: FakeUpstream, site: InProcess) -> None:
+    upstream.play(answer(200, bytes(MAX_FILE_BYTES)), answer(200, bytes(MAX_FILE_BYTES + 1)))
+    assert len((await site.fetch("GET", "/sw.js")).body) == MAX_FILE_BYTES == 32 * 1024 * 1024
+    response = await site.fetch("GET", "/sw.js")
+    assert (response.status, response.error["reason"]) == (502, "upstream_invalid")
 
 
 @pytest.mark.parametrize(
