@@ -7,6 +7,7 @@ thirtieth of the log's size, and bounded by the same limit.
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from contextlib import suppress
@@ -33,6 +34,10 @@ _STATUSES = {
 }
 
 _LAST_EVENTS = {"completed": "job_complete", "cancelled": "job_cancelled", "failed": "job_error"}
+
+
+#: An owner, his key, and the conversation that he named.
+IdempotencyScope = tuple[str, str, str | None]
 
 
 class Text:
@@ -148,21 +153,14 @@ def _milliseconds(seconds: float) -> float:
 class Job:
     """One job. Its log outlives it nowhere: a job whose log is gone is gone, too."""
 
-    def __init__(
-        self,
-        job_id: str,
-        owner: str,
-        conversation_id: str,
-        request: JobRequest,
-        max_output_bytes: int,
-    ) -> None:
+    def __init__(self, job_id: str, owner: str, request: JobRequest, max_output_bytes: int) -> None:
         self.id = job_id
         self.owner = owner
-        self.conversation_id = conversation_id
+        self.conversation_id = request.conversation_id or f"conv_{secrets.token_hex(12)}"
         #: None as soon as nobody needs it any more
         self.request: JobRequest | None = request
         #: under which a repeat finds it
-        self.scope: tuple[str, str, str, str | None] | None = None
+        self.scope: IdempotencyScope | None = None
         #: as it was asked for; once it runs, the model's own name
         self.model = request.model
         #: where its log is: the manager's key, and the session's epoch

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from pyserve.errors import ApiError, EventTooLargeError, MemoryBudgetError, SessionEndedError
-from pyserve.jobs.job import Job, JobLog
+from pyserve.jobs.job import IdempotencyScope, Job, JobLog
 from pyserve.jobs.request import JobRequest
 from pyserve.jobs.streams import JobStreams
 from pyserve.jobs.translator import FINISH_REASONS, Translator
@@ -31,14 +31,10 @@ _COLLECT_INTERVAL_S = 1.0
 
 @dataclass(frozen=True)
 class Idempotency:
-    """A client's word that two requests with one key are one."""
+    """A client's word that two submissions with one key are one."""
 
-    route: str
     key: str
     body_digest: bytes
-
-
-_Scope = tuple[str, str, str, str | None]
 
 
 class JobRegistry:
@@ -58,7 +54,7 @@ class JobRegistry:
         self._jobs: dict[str, Job] = {}
         # Oldest ending first, which is the order in which logs go.
         self._ended: OrderedDict[str, Job] = OrderedDict()
-        self._repeats: dict[_Scope, tuple[bytes, Job]] = {}
+        self._repeats: dict[IdempotencyScope, tuple[bytes, Job]] = {}
         self._serial = itertools.count()
         manager.dialects[_DIALECT] = self._tell_ending
 
@@ -79,13 +75,26 @@ class JobRegistry:
         Raises:
             ApiError: reason ``idempotency_mismatch``, ``stream_not_found``, ``memory_budget``.
         """
-        scope = idempotency and (owner, idempotency.route, idempotency.key, request.conversation_id)
+        scope = idempotency and (owner, idempotency.key, request.conversation_id)
         if scope and idempotency and (known := self._find_repeat(scope, idempotency.body_digest)):
             return known, True
-        job = self._start(owner, request, grace_until)
+        job = Job(
+            f"job_{secrets.token_hex(12)}", owner, request, self._manager.config.max_session_bytes
+        )
+        stream = self.streams.get(request.stream_id, owner) if request.stream_id else None
+        # Known before it starts, since it may be over at once.
+        self._jobs[job.id] = job
         if scope and idempotency:
             job.scope = scope
             self._repeats[scope] = (idempotency.body_digest, job)
+        if stream is not None:
+            self.streams.join(stream, job.id)
+        try:
+            self._start(job, request, stream, grace_until)
+        except ApiError:
+            self.streams.leave(job.id)
+            self._drop(job.id)
+            raise
         return job, False
 
     async def settle(self, job: Job) -> StreamSession:
@@ -149,7 +158,7 @@ class JobRegistry:
 
     # --- idempotency
 
-    def _find_repeat(self, scope: _Scope, body_digest: bytes) -> Job | None:
+    def _find_repeat(self, scope: IdempotencyScope, body_digest: bytes) -> Job | None:
         if scope not in self._repeats:
             return None
         known_digest, job = self._repeats[scope]
@@ -162,38 +171,28 @@ class JobRegistry:
 
     # --- one job's life
 
-    def _start(self, owner: str, request: JobRequest, grace_until: float) -> Job:
-        job_id = f"job_{secrets.token_hex(12)}"
-        conversation_id = request.conversation_id or f"conv_{secrets.token_hex(12)}"
-        job = Job(job_id, owner, conversation_id, request, self._manager.config.max_session_bytes)
-        stream = self.streams.get(request.stream_id, owner) if request.stream_id else None
-        log = JobLog(job_id, stream)
+    def _start(
+        self, job: Job, request: JobRequest, stream: StreamSession | None, grace_until: float
+    ) -> None:
+        log = JobLog(job.id, stream)
 
         async def produce(session: StreamSession, begin: Begin) -> str | None:
             log.session = session
             return await self._produce(job, log, begin)
 
-        self._jobs[job_id] = job
-        try:
-            generation = self._generations.start(
-                conversation_id,
-                produce,
-                owner=owner,
-                subkey=f"{next(self._serial):016x}",
-                dialect=_DIALECT,
-                tag=job_id.encode(),
-                grace_until=grace_until,
-                on_end=lambda session: self._end(job, log, session),
-                abandon_after_s=request.abandon_after_s,
-                also_read=stream,
-            )
-        except ApiError:
-            self._drop(job_id)
-            raise
+        generation = self._generations.start(
+            job.conversation_id,
+            produce,
+            owner=job.owner,
+            subkey=f"{next(self._serial):016x}",
+            dialect=_DIALECT,
+            tag=job.id.encode(),
+            grace_until=grace_until,
+            on_end=lambda session: self._end(job, log, session),
+            abandon_after_s=request.abandon_after_s,
+            also_read=stream,
+        )
         job.key, job.epoch = generation.session.key, generation.session.epoch
-        if stream is not None:
-            self.streams.join(stream, job_id)
-        return job
 
     async def _produce(self, job: Job, log: JobLog, begin: Begin) -> str | None:
         assert job.request is not None
@@ -244,10 +243,10 @@ class JobRegistry:
     def _end(self, job: Job, log: JobLog, session: StreamSession) -> None:
         """It is over, on whatever thread."""
         job.request = None
-        kept = self._manager.get(session.key, owner=session.owner)
-        refused = kept is None and session.state == "failed"
-        if not refused:
+        generation = self._generations.get(session)
+        if generation is None or generation.refused is None:
             log.copy_last(session.last_event())
+        kept = self._manager.get(session.key, owner=session.owner)
         self.streams.leave(job.id)
         if kept is None:
             self._drop(job.id)

@@ -173,8 +173,10 @@ class Generations:
         loop = asyncio.get_running_loop()
 
         def end(session: StreamSession) -> None:
-            _call_in(loop, self._forget, session)
-            on_end(session)
+            try:
+                on_end(session)
+            finally:
+                _call_in(loop, self._forget, session)
 
         try:
             generation.session = self._manager.create_or_replace(

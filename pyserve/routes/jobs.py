@@ -44,7 +44,7 @@ async def _submit(request: web.Request) -> web.Response:
     body = await read_body(request, context.config)
     asked = parse_job_request(parse_json_object(body))
     key = idempotency_key_of(request)
-    idempotency = Idempotency(_JOBS, key, hashlib.sha256(body).digest()) if key else None
+    idempotency = Idempotency(key, hashlib.sha256(body).digest()) if key else None
     del body  # it may be large
     context.refuse_if_draining()
     job, is_repeat = context.jobs.submit(

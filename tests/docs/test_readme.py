@@ -23,6 +23,7 @@ from pyserve.routes.proxy import GET_ROUTES, POST_ROUTES
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+DOCS = README + "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
 EXAMPLE = ROOT / "examples" / "embed_aiohttp.py"
 
 
@@ -46,7 +47,7 @@ def test_every_route_is_documented() -> None:
         path = resource.canonical.replace("{conversation_id}", "<id>")
         is_file_of_the_page = (ROOT / "pyserve" / "web" / path.lstrip("/")).exists()
         if path not in GET_ROUTES + POST_ROUTES and not is_file_of_the_page:
-            assert f"{path}`" in README or f"{path}?" in README, f"{path} is not in the README"
+            assert f"{path}`" in DOCS or f"{path}?" in DOCS, f"{path} is in no document"
 
 
 def test_the_embedding_shown_is_the_example() -> None:

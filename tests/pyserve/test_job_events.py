@@ -19,7 +19,7 @@ class Case:
     """A job whose upstream the test is."""
 
     def __init__(self, manager: StreamSessionManager, stream: StreamSession | None = None) -> None:
-        self.job = Job("j", "", "c", parse_job_request({"prompt": "p"}), 4096)
+        self.job = Job("j", "", parse_job_request({"prompt": "p"}), 4096)
         manager.dialects["job"] = lambda _session, ending: self.job.last_event(ending)
         self.log = JobLog("j", stream)
         self.log.session = manager.create_or_replace("c", subkey="1", dialect="job")

@@ -22,6 +22,7 @@ from jobs import Jobs, check_description, check_job, finish, jobs_on, told_in
 from serving import Response, until
 
 from pyserve.app import CONTEXT, drain
+from pyserve.jobs.job import Job
 from pyserve.jobs.translator import Translator
 
 
@@ -212,15 +213,14 @@ async def test_a_submission_whose_job_is_deleted_meanwhile_says_so(
     registry = jobs.server.app[CONTEXT].jobs
     start = registry._start
 
-    def start_and_delete(*args: Any) -> Any:
-        job = start(*args)
+    def start_and_delete(job: Job, *rest: Any) -> None:
+        start(job, *rest)
         jobs.server.manager.evict_and_cancel(job.key)
-        return job
 
     monkeypatch.setattr(registry, "_start", start_and_delete)
-    response = await jobs.post()
+    response = await jobs.post({"Idempotency-Key": "k"})
     assert (response.status, response.error["reason"]) == (400, "cancelled")
-    assert len(registry) == 0
+    assert len(registry) == len(registry._repeats) == 0
 
 
 # --- limits of time
