@@ -10,11 +10,15 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from events import make_log
+from fairness_server import COMMON_OWNER
 from llama_servers import Llama, llama_server, pyserve_before_llama
 from points import Point
 from processes import BENCH, PROGRAMS, BenchError, Contestant, Program
 
 UVLOOP = "--uvloop"
+#: Of the llama.cpp that several owners share.
+SLOTS = 4
+
 _COMPLETIONS = "/v1/chat/completions"
 _STREAM = "/v1/stream/s{}"
 
@@ -143,6 +147,22 @@ def llama_behind_pyserve(point: Point) -> Iterator[Contestant]:
         yield Llama([pyserve, server], port)
 
 
+@contextmanager
+def queue_of_llama() -> Iterator[Contestant]:
+    """llama.cpp, whose slots those get who came first."""
+    with llama_server(SLOTS) as (server, port):
+        yield Contestant([server], port)
+
+
+@contextmanager
+def queue_of_pyserve(*options: str) -> Iterator[Contestant]:
+    """pyserve decides who gets llama.cpp's slots."""
+    with llama_server(SLOTS) as (_, llama_port):
+        url = f"http://127.0.0.1:{llama_port}"
+        with Program(BENCH / "fairness_server.py", url, *options, python=True) as server:
+            yield Contestant([server], server.read_json()["port"])
+
+
 Start = Callable[[Point], AbstractContextManager[Contestant]]
 
 SERVERS: dict[str, Start] = {
@@ -156,5 +176,8 @@ SERVERS: dict[str, Start] = {
     "nginx": lambda _: nginx(),
     "llama.cpp": llama_alone,
     "pyserve+llama.cpp": llama_behind_pyserve,
+    "fair queue": lambda _: queue_of_pyserve(),
+    "common queue": lambda _: queue_of_pyserve(COMMON_OWNER),
+    "llama.cpp's queue": lambda _: queue_of_llama(),
 }
 """Every server by its name in the points."""

@@ -61,6 +61,19 @@ FIRST_TOKEN = [
     Metric("first_token_p50_ms", "first token p50 ms", _at("first_event_us", "p50", 1e-3)),
     Metric("first_token_p99_ms", "p99 ms", _at("first_event_us", "p99", 1e-3)),
 ]
+LIGHT_OWNER = [
+    Metric(
+        "light_first_token_p50_ms", "light: first token p50 ms", _at("light_first_token_ms", "p50")
+    ),
+    Metric("light_first_token_p99_ms", "p99 ms", _at("light_first_token_ms", "p99")),
+    Metric("light_first_token_max_ms", "max ms", _at("light_first_token_ms", "max")),
+]
+HEAVY_OWNER = [
+    Metric(
+        "heavy_first_token_p50_ms", "heavy: first token p50 ms", _at("heavy_first_token_ms", "p50")
+    ),
+    Metric("heavy_done_ms", "all done after ms", lambda run, _: run["seconds"] * 1e3),
+]
 TOKEN = Metric("token_us", "µs between tokens", _at("event_gap_us", "p50"))
 MEMORY = Metric(
     "rss_kib_per_reader",
@@ -78,6 +91,7 @@ _OF_WAY = {
     "replay": [BATCH, CPU_READER, *FIRST_BYTE],
     "reattach": [*FIRST_BYTE, CPU_READER],
     "generate": [*FIRST_TOKEN, TOKEN, CPU],
+    "owners": [*LIGHT_OWNER, *HEAVY_OWNER],
 }
 
 

@@ -5,11 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Way = Literal["live", "replay", "reattach", "generate"]
+Way = Literal["live", "replay", "reattach", "generate", "owners"]
 
 IN_PROCESS = ("pyserve", "aiohttp", "bare")
 AGAINST_LLAMA = ("pyserve+llama.cpp", "llama.cpp")
+QUEUES = ("fair queue", "common queue", "llama.cpp's queue")
 WITH_UPSTREAM = ("pyserve+upstream", "aiohttp+upstream", "pyserve", "aiohttp")
+
+#: Groups that are no situations of readers: each is measured its own way, figure by figure.
+OWN_GROUPS = {
+    "batch": "tokens a second of a model in Python, 1, 4 and 16 sequences at a time",
+    "core": "the core itself: append, frame, read, bindings, memory, growth",
+}
 
 #: Events between a reader that reattaches and the end of the stream.
 LEFT_BEHIND = 10
@@ -25,7 +32,8 @@ class Point:
     servers: tuple[str, ...] = IN_PROCESS
     #: live: all readers attach, then the events come. replay: the streams are over before anyone
     #: reads. reattach: readers come near the end of a stream, one by one, and leave again.
-    #: generate: llama.cpp generates for those who ask.
+    #: generate: llama.cpp generates for those who ask. owners: it generates for two, of which one
+    #: asks for all of its generations at once, and the other one `rate` times a second beside it.
     way: Way = "live"
     streams: int = 1
     readers: int = 1
@@ -190,6 +198,21 @@ def _ancestor() -> list[Point]:
     ]
 
 
+def _fairness() -> Point:
+    requests, tokens, rate = 100, 200, 10
+    return Point(
+        name="fairness",
+        group="fairness",
+        title=f"a light owner asks {rate} times a second, beside a heavy one that"
+        f" asked for {requests} generations of {tokens} tokens at once",
+        servers=QUEUES,
+        way="owners",
+        readers=requests,
+        rate=rate,
+        events=tokens,
+    )
+
+
 def _event_loop() -> list[Point]:
     """What another event loop under pyserve changes."""
     streams = Point(name="", group="event-loop", title="", streams=100, readers=100, rate=50)
@@ -292,4 +315,5 @@ POINTS = [
     *_event_loop(),
     *_proxy(),
     *_ancestor(),
+    _fairness(),
 ]

@@ -42,7 +42,8 @@ class Sessions:
 
 
 async def main(upstream_url: str | None = None) -> None:
-    app = pyserve.create_app(pyserve.Config(upstream=upstream_url))
+    # The bench's upstream knows one answer, a stream: it is not asked for its health.
+    app = pyserve.create_app(pyserve.Config(upstream=upstream_url, health_interval_s=0))
     await serve(app, Sessions(app[CONTEXT].manager))
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import fairness_picture
 from metrics import Metric, metrics_of
-from points import POINTS, Point
+from points import OWN_GROUPS, POINTS, Point
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _POINTS = {point.name: point for point in POINTS}
-_GROUPS = [*dict.fromkeys(point.group for point in POINTS), "core"]
+_GROUPS = [*dict.fromkeys(point.group for point in POINTS), *OWN_GROUPS]
 
 _HEADINGS = {
     "fan-out": "Many readers of one stream",
@@ -25,6 +30,8 @@ _HEADINGS = {
     "event-loop": "With uvloop",
     "proxy": "In front of llama.cpp",
     "ancestor": "Beside llama.cpp's own resumable streams",
+    "fairness": "A light owner beside a heavy one",
+    "batch": "A model in Python, in batches",
     "core": "The core",
 }
 
@@ -52,8 +59,8 @@ def write_report(directory: Path, only: Sequence[str]) -> str:
     sections = {}
     for group, result in results.items():
         sections[group] = f"## {_HEADINGS[group]}\n\n{_section(group, result)}"
-        if group != "core":
-            _draw(group, result["points"], directory / f"{group}.svg")
+        if draw := _PICTURES.get(group, _draw_bars):
+            _save_picture(group, draw, result["points"], directory / f"{group}.svg")
             sections[group] += f"\n![{_HEADINGS[group]}]({group}.svg)\n"
     intro = "# What the bench found\n\n" + _METHOD
     directory.joinpath("README.md").write_text("\n".join([intro, *sections.values()]))
@@ -71,6 +78,9 @@ user and system. Every byte was checked at every reader.
 - **nginx**: the same bytes as a static file
 - **+upstream**: the events come from another process over HTTP, instead of a producer inside
 - **+uvloop**: uvloop instead of asyncio's own loop
+- **fair queue**: pyserve knows who asks, and decides who gets the four slots of llama.cpp
+- **common queue**: all requests are one owner's to pyserve: first come, first served
+- **llama.cpp's queue**: the owners ask llama.cpp itself
 - **llama.cpp**: a tiny model, so that the server's own work is what is seen
 """
 
@@ -80,12 +90,12 @@ def _section(group: str, result: dict[str, Any]) -> str:
     where = f"{told['cpu']}, {told['cores']} cores, Linux {told['kernel']}, Python"
     where += f" {told['python']}, aiohttp {told['aiohttp']}, {told['when']},"
     where += f" {result['rounds']} rounds.\n\n"
-    if group == "core":
-        return where + _core_table(result["points"])
+    if group in OWN_GROUPS:
+        return where + _row_table(result["points"])
     return where + "\n".join(_point_table(point) for point in result["points"])
 
 
-def _core_table(rows: list[dict[str, Any]]) -> str:
+def _row_table(rows: list[dict[str, Any]]) -> str:
     lines = ["| | | |", "| --- | ---: | --- |"]
     lines += [f"| {row['title']} | {_number(row['value'])} | {row['unit']} |" for row in rows]
     return "\n".join(lines) + "\n"
@@ -139,32 +149,63 @@ def _ingest_share(point: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n" if lines else ""
 
 
-def _draw(group: str, points: list[dict[str, Any]], path: Path) -> None:
-    """The first two figures of each point as bars, each in a panel of its own."""
+Draw = Callable[["Figure", list[dict[str, Any]]], None]
+
+
+def _save_picture(group: str, draw: Draw, points: list[dict[str, Any]], path: Path) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     mpl.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": group}  # small, and always the same
+    figure = Figure(layout="constrained")
+    draw(figure, points)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def _draw_bars(figure: Figure, points: list[dict[str, Any]]) -> None:
+    """The first two figures of each point as bars, each in a panel of its own."""
     panels = list(_panels(points))
     heights = [len(point["servers"]) + 1.2 for point, _ in panels[::2]]
-    figure = Figure(figsize=(10, 0.4 + 0.38 * sum(heights)), layout="constrained")
+    figure.set_size_inches(10, 0.4 + 0.38 * sum(heights))
     axes = figure.subplots(len(points), 2, squeeze=False, height_ratios=heights)
     for number, ((point, metric), axis) in enumerate(zip(panels, axes.flat, strict=True)):
         names = [name for name in point["servers"] if metric.key in point["summary"][name]]
         values = [point["summary"][name][metric.key]["median"] for name in names]
-        bars = axis.barh(names, values, color=[_COLORS.get(name, _OTHER_COLOR) for name in names])
-        axis.bar_label(bars, [_number(value) for value in values], padding=3, fontsize=8)
+        colors = [_COLORS.get(name, _OTHER_COLOR) for name in names]
         title = "" if number % 2 else point["title"]
-        axis.set_title(f"{title}\n{metric.title}", fontsize=8, loc="left")
-        axis.invert_yaxis()
-        axis.margins(x=0.15)
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.xaxis.set_visible(False)
-    figure.savefig(path, metadata={"Date": None})
+        _draw_panel(axis, names, values, colors, f"{title}\n{metric.title}")
+
+
+def _draw_rows(figure: Figure, rows: list[dict[str, Any]]) -> None:
+    """Figures of one unit as bars."""
+    figure.set_size_inches(10, 0.8 + 0.38 * len(rows))
+    titles, values = [row["title"] for row in rows], [row["value"] for row in rows]
+    colors = [_COLORS["pyserve"]] * len(rows)
+    _draw_panel(figure.subplots(), titles, values, colors, rows[0]["unit"])
+
+
+def _draw_panel(
+    axis: Axes, names: list[str], values: list[float], colors: list[str], title: str
+) -> None:
+    bars = axis.barh(names, values, color=colors)
+    axis.bar_label(bars, [_number(value) for value in values], padding=3, fontsize=8)
+    axis.set_title(title, fontsize=8, loc="left")
+    axis.invert_yaxis()
+    axis.margins(x=0.15)
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.xaxis.set_visible(False)
 
 
 def _panels(points: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Metric]]:
     for point in points:
         for metric in metrics_of(_point(point))[:2]:
             yield point, metric
+
+
+#: Groups whose picture is another than bars; None where figures of many units stand side by side.
+_PICTURES: dict[str, Draw | None] = {
+    "fairness": fairness_picture.draw,
+    "batch": _draw_rows,
+    "core": None,
+}

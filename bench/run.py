@@ -20,23 +20,29 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import batch_rates
 import core_costs
+import fairness_load
 from contestants import SERVERS
-from measure import Run, run_once
-from metrics import summary
-from points import POINTS, Point
-from processes import BENCH, PROGRAMS, BenchError
+from measure import run_once
+from metrics import Run, summary
+from points import OWN_GROUPS, POINTS, Point
+from processes import BENCH, PROGRAMS, BenchError, Contestant
 from report import write_report
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-CORE = "core"
+#: How each of OWN_GROUPS is measured, with so many rounds and this share of the work.
+MEASURE_OWN: dict[str, Callable[[Progress, int, float], list[dict[str, Any]]]] = {
+    "batch": batch_rates.measure,
+    "core": lambda progress, _, share: core_costs.measure(progress, share),
+}
 WARM_UP_SHARE = 0.1
 
 
@@ -56,7 +62,7 @@ def machine() -> dict[str, Any]:
 
 def chosen(words: Sequence[str]) -> list[Point]:
     """The points that are named, by themselves or by their group; all without a name."""
-    known = {point.name for point in POINTS} | {point.group for point in POINTS} | {CORE}
+    known = {point.name for point in POINTS} | {point.group for point in POINTS} | {*OWN_GROUPS}
     if unknown := [word for word in words if word not in known]:
         sys.exit(f"no such point or group: {', '.join(unknown)}; --list tells them")
     return [point for point in POINTS if not words or {point.name, point.group} & set(words)]
@@ -75,15 +81,17 @@ def measure_point(point: Point, rounds: int, progress: Progress) -> dict[str, An
     rounds = min(rounds, point.most_rounds)
     task = progress.add_task(point.name, total=rounds * len(point.servers))
     runs: list[dict[str, Run]] = []
+    run: Callable[[Contestant, Point], Run]
+    run = fairness_load.run_once if point.way == "owners" else run_once
     with ExitStack() as stack:
         servers = {name: stack.enter_context(SERVERS[name](point)) for name in point.servers}
         for server in servers.values():  # what is made at its first use, or not yet in a cache
-            run_once(server, point.shortened(WARM_UP_SHARE))
+            run(server, point.shortened(WARM_UP_SHARE))
         for _ in range(rounds):
             runs.append({})
             for name, server in servers.items():
                 progress.update(task, description=f"{point.name}: {name}")
-                runs[-1][name] = run_once(server, point)
+                runs[-1][name] = run(server, point)
                 progress.advance(task)
     progress.update(task, description=point.name)
     return {**dataclasses.asdict(point), "summary": summary(point, runs), "runs": runs}
@@ -105,7 +113,8 @@ def _options() -> argparse.Namespace:
 def _list() -> None:
     for point in POINTS:
         print(f"{point.group:10} {point.name:20} {point.title}")
-    print(f"{CORE:10} {CORE:20} the core itself: append, frame, read, bindings, memory, growth")
+    for group, title in OWN_GROUPS.items():
+        print(f"{group:10} {group:20} {title}")
 
 
 def main() -> None:
@@ -123,8 +132,9 @@ def main() -> None:
             for point in points:
                 measured = measure_point(point, options.rounds, progress)
                 results.setdefault(point.group, []).append(measured)
-            if not options.points or CORE in options.points:
-                results[CORE] = core_costs.measure(progress, options.share)
+            for group, measure in MEASURE_OWN.items():
+                if not options.points or group in options.points:
+                    results[group] = measure(progress, options.rounds, options.share)
     except BenchError as error:
         sys.exit(f"bench: {error}")
     options.results.mkdir(parents=True, exist_ok=True)

@@ -7,8 +7,8 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, suppress
 
 import orjson
 from aiohttp import web
@@ -89,15 +89,22 @@ def create_app(
     elif config.ui == "upstream":
         raise ConfigError(NO_PAGE)
 
-    async def run_parts(_app: web.Application) -> AsyncIterator[None]:
-        async with _running_parts(context):
-            yield
+    # Not a generator in cleanup_ctx, within which there would be another: a loop that ends without
+    # the application's cleanup closes them in any order, and an outer one complains of its inner.
+    running = AsyncExitStack()
+
+    async def start(_app: web.Application) -> None:
+        await _start_parts(running, context)
+
+    async def stop(_app: web.Application) -> None:
+        await running.aclose()
 
     async def shut_down(_app: web.Application) -> None:
         await _end_streams(context)
 
-    app.cleanup_ctx.append(run_parts)
+    app.on_startup.append(start)
     app.on_shutdown.append(shut_down)
+    app.on_cleanup.append(stop)
     app.on_response_prepare.append(_name_request)
     return app
 
@@ -121,21 +128,18 @@ def setup(
     return subapp[CONTEXT].manager
 
 
-@asynccontextmanager
-async def _running_parts(context: Context) -> AsyncIterator[None]:
-    async with AsyncExitStack() as stack:
-        await stack.enter_async_context(context.models.running())
-        stack.callback(deliveries_of(context.manager).close)
-        ticking = [
-            asyncio.create_task(context.manager.run(), name="pyserve heartbeats"),
-            asyncio.create_task(context.jobs.run(), name="pyserve jobs"),
-        ]
-        try:
-            yield
-        finally:
-            for task in ticking:
-                task.cancel()
-            await asyncio.gather(*ticking, return_exceptions=True)
+async def _start_parts(running: AsyncExitStack, context: Context) -> None:
+    """Start what runs beside the requests; closing `running` stops it."""
+    await running.enter_async_context(context.models.running())
+    running.callback(deliveries_of(context.manager).close)
+    for work, name in ((context.manager.run(), "heartbeats"), (context.jobs.run(), "jobs")):
+        running.push_async_callback(_stop, asyncio.create_task(work, name=f"pyserve {name}"))
+
+
+async def _stop(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
 
 
 def _register_models(

@@ -15,7 +15,7 @@ from pyserve.jobs.request import JobRequest
 from pyserve.jobs.streams import JobStreams
 from pyserve.jobs.translator import FINISH_REASONS, Translator
 from pyserve.producers.generation import Begin, Generations
-from pyserve.scheduling.scheduler import Scheduler, Slot
+from pyserve.scheduling.scheduler import Scheduler, Slot, adapt_body
 from pyserve.sessions import Ending, StreamSession, StreamSessionManager
 
 _DIALECT = "job"
@@ -205,7 +205,7 @@ class JobRegistry:
         ) as slot:
             if job.position is None:
                 self._place(job, log, 1)  # it was the next one at once
-            job.start(slot.model)
+            job.start(_model_name(slot))
             begin()
             log.emit("job_started", model=job.model)
             stopping = self._stop_after(max_runtime_s, log.session)
@@ -262,11 +262,17 @@ def _is_news(position: int, told_position: int | None) -> bool:
     return position <= told_position * 0.9
 
 
+def _model_name(slot: Slot) -> str:
+    """What people call the model: the name that was asked for, where any is taken."""
+    return slot.model if slot.renamed else slot.upstream_model or slot.model
+
+
 async def _generate(job: Job, log: JobLog, slot: Slot) -> str | None:
     asked, job.request = job.request, None
     if asked is None:
         raise SessionEndedError
-    route, body = asked.route, io.BytesIO(slot.adapt(asked.body))
+    route = asked.route
+    body = io.BytesIO(adapt_body(asked.body, slot.upstream_model, slot.defaults))
     del asked  # it may be large
     translator = Translator(job, log)
     reason = await slot.upstream.generate(route, _UPSTREAM_HEADERS, body, translator, lambda: None)

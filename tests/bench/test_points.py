@@ -81,6 +81,28 @@ async def test_llama_is_measured_alone_and_behind_pyserve(
     assert set(measured["summary"]) == {"pyserve+llama.cpp", "llama.cpp"}
 
 
+async def test_two_owners_are_measured_at_each_queue(programs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    measured = await measure(tmp_path, "fairness", 0.1)
+    assert set(measured["summary"]) == {"fair queue", "common queue", "llama.cpp's queue"}
+    for run in measured["runs"][0].values():
+        waited_ms = [waited_ms for _, waited_ms in run["light"]]
+        assert 0 < min(waited_ms) <= run["light_first_token_ms"]["p50"]
+        assert run["light_first_token_ms"]["max"] == max(waited_ms)
+        assert run["heavy_first_token_ms"]["max"] <= 1000 * run["seconds"]
+
+
+async def test_each_batch_size_is_measured(tmp_path: Path, programs: Path) -> None:
+    told = await run_bench("batch", "--rounds", "2", "--share", "0.02", "--results", tmp_path)
+    rows = json.loads((tmp_path / "batch.json").read_text())["points"]
+    assert [row["name"] for row in rows] == ["batch_1", "batch_4", "batch_16"]
+    for row in rows:
+        assert len(row["runs"]) == 2
+        assert 0 < min(row["runs"]) <= row["value"] <= max(row["runs"])
+        assert f"| {row['title']} |" in told
+        assert row["title"] in (tmp_path / "batch.svg").read_text()
+
+
 async def test_the_core_is_measured(tmp_path: Path, programs: Path) -> None:
     await run_bench("core", "--share", "0.01", "--results", tmp_path)
     rows = json.loads((tmp_path / "core.json").read_text())["points"]
@@ -99,6 +121,6 @@ async def test_an_unknown_point_is_named() -> None:
 
 async def test_every_point_is_listed() -> None:
     listed = await run_bench("--list")
-    assert {"fan-out", "burst", "replay", "core"} <= {
+    assert {"fan-out", "burst", "replay", "fairness", "batch", "core"} <= {
         line.split()[0] for line in listed.splitlines()
     }

@@ -174,7 +174,9 @@ async def test_a_full_queue_says_when_to_come_back(
 ) -> None:
     with pyserve("--upstream", llama.url, "--max-queue", "1") as server:
         jobs = Jobs(http, server.url)
-        taken = [await jobs.submit(LONG) for _ in range(SLOTS + 1)]
+        taken = [await jobs.submit(LONG)]
+        await jobs.wait_for(taken[0], b"job_started")  # the slots are known
+        taken += [await jobs.submit(LONG) for _ in range(SLOTS)]
         async with http.post(f"{server.url}/v1/jobs", json={"prompt": "p"}) as answer:
             assert (answer.status, int(answer.headers["Retry-After"]) >= 1) == (429, True)
             assert (await answer.json())["error"]["reason"] == "queue_full"

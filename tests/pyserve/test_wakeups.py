@@ -95,7 +95,7 @@ async def test_a_cancelled_wait_is_forgotten_on_both_sides(session: StreamSessio
     await asyncio.gather(tasks[1], return_exceptions=True)
     assert len(waker._waiting) == 2
     session.append_event("a")
-    assert len(waker._wakeup.drain()) == 2  # the core knows no third
+    assert len(waker.wakeup.drain()) == 2  # the core knows no third
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -76,6 +76,7 @@ async def test_messages_go_to_the_chat_route_and_a_prompt_to_completions(
             {
                 "prompt": "say",
                 "temperature": 0.5,
+                "model": "m",
                 "stream": True,
                 "stream_options": {"x": 1} | options,
             },
@@ -86,6 +87,19 @@ async def test_messages_go_to_the_chat_route_and_a_prompt_to_completions(
         ),
     ]
     assert (first["output"]["text"], first["reason"]) == ("as text", "length")
+
+
+async def test_where_any_name_is_taken_a_job_has_the_one_it_asked_for(
+    upstream: FakeUpstream,
+) -> None:
+    upstream.play(ANSWER)
+    async with serving(upstream=upstream.url) as server:
+        jobs = Jobs(server)
+        named, _ = await jobs.finish(await jobs.submit(model="theirs"))
+        unnamed, _ = await jobs.finish(await jobs.submit())
+    assert (named["model"], unnamed["model"]) == ("theirs", "default")
+    asked = [orjson.loads(exchange.body).get("model") for exchange in upstream.exchanges]
+    assert asked == ["theirs", None]
 
 
 async def test_a_models_own_defaults_are_below_a_jobs_params(upstream: FakeUpstream) -> None:

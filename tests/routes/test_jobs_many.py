@@ -100,5 +100,5 @@ async def test_every_job_ends_once_and_leaves_nothing_behind(upstream: FakeUpstr
         await until(lambda: len(server.manager) == len(context.jobs) == 0)
         assert context.scheduler.waiting == 0
         assert not context.jobs._ended
-        assert server.manager.used_bytes == 0
+        await until(lambda: server.manager.used_bytes == 0)  # the reader's leaving is noticed
         assert count_of(*kinds) == before

@@ -181,4 +181,4 @@ async def test_nothing_of_pyserves_reaches_the_upstream(jobs: Jobs, upstream: Fa
     exchange = upstream.exchanges[0]
     names = {"idempotency-key", "authorization", "cookie", "x-conversation-id"}
     assert names & exchange.headers.keys() == set()
-    assert set(orjson.loads(exchange.body)) == {"prompt", "stream", "stream_options"}
+    assert set(orjson.loads(exchange.body)) == {"model", "prompt", "stream", "stream_options"}
