@@ -72,7 +72,12 @@ class LoadReader {
     fd_ = -1;
   }
 
-  void stall(int epoll) { watch(epoll, EPOLL_CTL_DEL, fd_, 0, this); }
+  // Reads nothing more, in a buffer that does not grow: soon the server can send it nothing more.
+  void stall(int epoll) {
+    watch(epoll, EPOLL_CTL_DEL, fd_, 0, this);
+    const int bytes = 4096;
+    checked(setsockopt(fd_, SOL_SOCKET, SO_RCVBUF, &bytes, sizeof bytes), "SO_RCVBUF");
+  }
   bool has_head() const { return answer_.has_head(); }
   bool is_over() const { return is_over_; }
   uint64_t index() const { return index_; }

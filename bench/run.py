@@ -103,7 +103,7 @@ def _options() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("points", nargs="*", metavar="POINT", help="a point or a group (default: all)")
-    add("--rounds", type=int, default=3, help="turns of each server (default: %(default)s)")
+    add("--rounds", type=int, default=2, help="turns of each server (default: %(default)s)")
     add("--share", type=float, default=1.0, help="of events and readers, to try it out")
     add("--results", type=Path, default=BENCH / "results", metavar="DIR")
     add("--list", action="store_true", help="tell the points and measure nothing")

@@ -327,7 +327,8 @@ void bind_pump(py::module_& m) {
           "detach",
           [](SocketPump& pump, const Delivery& delivery) { unforked(pump).detach(delivery); },
           py::arg("delivery"))
-      .def("collect", [](SocketPump& pump) { unforked(pump).collect(); });
+      .def("collect", [](SocketPump& pump) { unforked(pump).collect(); })
+      .def("close", [](SocketPump& pump) { unforked(pump).close(); });
 }
 #endif
 

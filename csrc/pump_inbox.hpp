@@ -32,9 +32,9 @@ struct PumpReader final : Delivery {
   Place place = Place::runnable;
   std::shared_ptr<const WireFrame> frame;  // on its way
   size_t frame_sent_bytes = 0;
-  // When the client last took something, as far as was looked, and what it had left to take then.
+  // When the client last took something, as far as was looked, and how much it had taken then.
   int64_t progress_ns = 0;
-  int unread_bytes = 0;
+  int64_t taken_bytes = 0;
 
   PumpReader(std::shared_ptr<StreamSession> session, uint64_t offset, int socket,
              std::shared_ptr<Wakeup> done, uint64_t token)

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <climits>
 #include <system_error>
 
 #include "clock.hpp"
@@ -43,7 +44,8 @@ int wait_for_events(int epoll, std::array<epoll_event, kMaxEvents>& events, int6
                                timeout_ns < 0 ? nullptr : &timeout, nullptr, sizeof(sigset_t));
   if (found >= 0 || errno == EINTR) return std::max(static_cast<int>(found), 0);
 #endif
-  const int64_t timeout_ms = timeout_ns < 0 ? -1 : (timeout_ns + 999'999) / 1'000'000;
+  const int64_t timeout_ms =
+      timeout_ns < 0 ? -1 : std::min<int64_t>((timeout_ns + 999'999) / 1'000'000, INT_MAX);
   return std::max(::epoll_wait(epoll, events.data(), kMaxEvents, static_cast<int>(timeout_ms)), 0);
 }
 
@@ -53,8 +55,10 @@ PumpWorker::PumpWorker(std::shared_ptr<PumpInbox> inbox, int64_t write_timeout_n
                        int64_t coalesce_ns)
     : inbox_(std::move(inbox)),
       write_timeout_ns_(write_timeout_ns),
+      stall_check_interval_ns_(write_timeout_ns / kStallChecksPerTimeout),
       coalesce_ns_(coalesce_ns),
-      epoll_(::epoll_create1(EPOLL_CLOEXEC)) {
+      epoll_(::epoll_create1(EPOLL_CLOEXEC)),
+      next_stall_check_ns_(now_ns() + stall_check_interval_ns_) {
   if (epoll_ < 0) throw std::system_error(errno, std::generic_category(), "epoll_create1");
   epoll_event event{};
   event.events = EPOLLIN | EPOLLET;
@@ -119,6 +123,7 @@ void PumpWorker::follow(PumpInbox::Orders& orders) {
 
 void PumpWorker::begin(std::shared_ptr<PumpReader> adopted) {
   PumpReader& reader = *adopted;
+  reader.progress_ns = now_ns();
   readers_.emplace(&reader, std::move(adopted));
   const Key key = key_of(*reader.session);
   const auto [at, is_new] = channels_.try_emplace(key);
@@ -151,10 +156,19 @@ void PumpWorker::arm(Key key, PumpChannel& channel) {
   }
 }
 
+// An end is never held back: where flushes are spaced, a waiting channel goes on listening for it.
 void PumpWorker::schedule(Key key, PumpChannel& channel) {
-  if (channel.scheduled) return;
+  int64_t due_ns = channel.not_before_ns;
+  if (coalesce_ns_ > 0) {
+    SessionProgress now = channel.session->progress();
+    while (now.is_live && !channel.session->notify_when_readable(now.end_offset, inbox_, key)) {
+      now = channel.session->progress();
+    }
+    if (!now.is_live) due_ns = 0;
+  }
+  if (channel.scheduled && due_ns != 0) return;
   channel.scheduled = true;
-  due_.push({channel.not_before_ns, key});
+  due_.push({due_ns, key});
 }
 
 void PumpWorker::flush_due() {
@@ -256,40 +270,35 @@ ssize_t PumpWorker::send_frame(PumpReader& reader) {
   return sent;
 }
 
-// Until its socket takes more.
+// Until its socket takes more. What is left to send is copied: a client that takes nothing must not
+// hold the log's memory, which is the generation's.
 void PumpWorker::block(PumpReader& reader) {
   reader.place = PumpReader::Place::blocked;
-  reader.progress_ns = now_ns();
-  reader.unread_bytes = unread_bytes(reader.socket);
-  if (blocked_.empty()) {
-    next_stall_check_ns_ = reader.progress_ns + write_timeout_ns_ / kStallChecksPerTimeout;
-  }
-  blocked_.insert(&reader);
+  reader.frame = std::make_shared<const WireFrame>(*reader.frame, reader.frame_sent_bytes);
+  reader.frame_sent_bytes = 0;
 }
 
-// A slow client frees room too rarely for its socket to be reported as writable each time: what
-// counts is whether the kernel holds less for it than before.
+// A slow client frees room too rarely for its socket to be reported as writable each time, and one
+// that is dead may have room for a long time yet: what counts is what its kernel has acknowledged.
+// (TCP_USER_TIMEOUT is no help: it also ends clients that read slowly out of a small buffer.)
 void PumpWorker::end_stalled() {
-  if (blocked_.empty()) return;
   const int64_t now = now_ns();
   if (now < next_stall_check_ns_) return;
-  next_stall_check_ns_ = now + write_timeout_ns_ / kStallChecksPerTimeout;
-  std::vector<PumpReader*> stalled;
-  for (PumpReader* reader : blocked_) {
+  next_stall_check_ns_ = now + stall_check_interval_ns_;
+  for (const auto& [_, reader] : readers_) {
     const int unread = unread_bytes(reader->socket);
-    if (unread < reader->unread_bytes) {
-      reader->unread_bytes = unread;
+    const int64_t taken = static_cast<int64_t>(reader->sent_bytes()) - unread;
+    if (unread == 0 || taken > reader->taken_bytes) {
+      reader->taken_bytes = taken;
       reader->progress_ns = now;
-    } else if (now - reader->progress_ns >= write_timeout_ns_) {
-      stalled.push_back(reader);
+    } else if (now - reader->progress_ns >= write_timeout_ns_ + stall_check_interval_ns_) {
+      finish(*reader, DeliveryOutcome::stalled);
     }
   }
-  for (PumpReader* reader : stalled) finish(*reader, DeliveryOutcome::stalled);
 }
 
 void PumpWorker::finish(PumpReader& reader, DeliveryOutcome outcome) {
   if (reader.place == PumpReader::Place::over) return;
-  blocked_.erase(&reader);
   reader.end(outcome);
   finished_.push_back(readers_.at(&reader));
 }
@@ -338,7 +347,6 @@ void PumpWorker::wait() {
     if (events[i].events & (EPOLLERR | EPOLLHUP | EPOLLRDHUP)) {
       finish(reader, DeliveryOutcome::gone);
     } else if (reader.place == PumpReader::Place::blocked) {
-      blocked_.erase(&reader);
       reader.place = PumpReader::Place::runnable;
       runnable_.push_back(&reader);
     }
@@ -348,7 +356,7 @@ void PumpWorker::wait() {
 int64_t PumpWorker::timeout_ns() {
   if (!runnable_.empty() || !inbox_->fall_asleep()) return 0;
   int64_t wake_ns = due_.empty() ? INT64_MAX : due_.top().first;
-  if (!blocked_.empty()) wake_ns = std::min(wake_ns, next_stall_check_ns_);
+  if (!readers_.empty()) wake_ns = std::min(wake_ns, next_stall_check_ns_);
   return wake_ns == INT64_MAX ? -1 : std::max<int64_t>(wake_ns - now_ns(), 0);
 }
 

@@ -62,16 +62,16 @@ class PumpWorker {
 
   const std::shared_ptr<PumpInbox> inbox_;
   const int64_t write_timeout_ns_;
+  const int64_t stall_check_interval_ns_;
   const int64_t coalesce_ns_;
   const int epoll_;
   std::unordered_map<Key, PumpChannel> channels_;
   std::unordered_map<const Delivery*, std::shared_ptr<PumpReader>> readers_;
   std::vector<PumpReader*> runnable_;
   std::vector<PumpReader*> flushing_;  // of use only within flush(); kept for its memory
-  std::unordered_set<PumpReader*> blocked_;
   std::vector<std::shared_ptr<PumpReader>> finished_;  // since the last retire()
   std::priority_queue<Due, std::vector<Due>, std::greater<>> due_;
-  int64_t next_stall_check_ns_ = 0;
+  int64_t next_stall_check_ns_;
   std::thread thread_;
 };
 

@@ -56,7 +56,7 @@ class SocketPump {
   // `coalesce_ns`: the least time between two flushes of one session; 0 leaves it to the pacing.
   // Throws std::system_error when no descriptor or thread is left.
   SocketPump(int64_t write_timeout_ns, int64_t coalesce_ns);
-  // Ends what still runs as `detached`.
+  // As close().
   ~SocketPump();
   SocketPump(const SocketPump&) = delete;
   SocketPump& operator=(const SocketPump&) = delete;
@@ -75,6 +75,10 @@ class SocketPump {
   // Lets go of the sessions of deliveries that are over. These may be the last references, and a
   // session's hooks may be anything: so that happens on the caller's thread, never on the pump's.
   void collect();
+
+  // Ends what still runs as `detached`, and the thread. No other call may be running, and of later
+  // ones attach() throws std::system_error and the others do nothing.
+  void close();
 
   const ForkGuard& fork_guard() const { return fork_guard_; }
 

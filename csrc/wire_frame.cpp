@@ -24,6 +24,16 @@ WireFrame::WireFrame(uint64_t offset, Piece body)
   }
 }
 
+WireFrame::WireFrame(const WireFrame& other, size_t sent_bytes)
+    : offset_(other.offset_), body_bytes_(other.body_bytes_) {
+  std::array<iovec, 3> spans;
+  const size_t count = other.spans_after(sent_bytes, spans);
+  head_.reserve(other.size_bytes() - sent_bytes);
+  for (size_t i = 0; i < count; ++i) {
+    head_.append(static_cast<const char*>(spans[i].iov_base), spans[i].iov_len);
+  }
+}
+
 size_t WireFrame::size_bytes() const {
   return head_.size() + (body_.bytes.empty() ? 0 : body_.bytes.size() + kLineEnd.size());
 }

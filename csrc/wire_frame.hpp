@@ -22,6 +22,10 @@ class WireFrame {
   // `body` is what the log holds from `offset` on.
   WireFrame(uint64_t offset, Piece body);
 
+  // What is left of `other` after its first `sent_bytes`, in memory of its own. A whole frame still
+  // stands for the same run of the log: body_bytes() stays.
+  WireFrame(const WireFrame& other, size_t sent_bytes);
+
   uint64_t offset() const { return offset_; }
   size_t body_bytes() const { return body_bytes_; }
   size_t size_bytes() const;

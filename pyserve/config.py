@@ -174,8 +174,8 @@ class Config:
     )
     coalesce_ms: float = _setting(
         0.0,
-        "Least time between two sends of one stream, for fewer packets; 0 sends each event at once"
-        " while there is room.",
+        "Least time between two sends of a live stream to those whom the pump serves, for fewer"
+        " packets; 0 sends each event at once while there is room.",
         minimum=0.0,
     )
     send_buffer_bytes: int = _setting(

@@ -6,10 +6,15 @@ All of an answer reaches the kernel, or the connection is reset: nobody takes a 
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import functools
 import logging
 import socket
 import struct
+import sys
+import termios
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Self
 
@@ -30,6 +35,9 @@ _TRANSPORT_BUFFER_BYTES = READ_BYTES
 # What is left of a finished session costs less when it is written at once: 33 us for a small one
 # where the pump's hand-over alone takes 14.
 _WRITTEN_AT_ONCE_BYTES = 256 * 1024
+
+# The largest that a socket option takes.
+_MAX_INT = 2**31 - 1
 
 # What ends a delivery without being anybody's fault here.
 _LOSSES = (ApiError, ConnectionError)
@@ -56,8 +64,10 @@ class Deliveries:
         return self._pump
 
     def close(self) -> None:
-        """Stop the pump's thread. Everyone should have left."""
-        self._pump = None
+        """Stop the pump's thread. Everyone should have left; who hasn't is reset."""
+        if self._pump is not None:
+            self._pump.close()
+            self._pump = None
 
     def add(self, sender: Sender) -> None:
         """A delivery begins."""
@@ -108,7 +118,7 @@ class Sender:
         assert request.transport is not None
         self._transport = request.transport
         self._writer: AbstractStreamWriter
-        self._delivery: _core.Delivery | None = None
+        self._detach: Callable[[], None] | None = None  # from the pump
         self._handed_bytes = 0
         self._taken_bytes = 0
         self._taken_at = self._loop.time()
@@ -125,6 +135,8 @@ class Sender:
         writer = await self._response.prepare(self._request)
         assert writer is not None
         self._writer = writer
+        if not self._is_chunked():  # only the connection's end tells how the answer ended
+            _let_close_reset(self._transport, True)
 
     async def write(self, block: bytes) -> None:
         """Send `block`; waits while much is unsent."""
@@ -142,13 +154,11 @@ class Sender:
             return
         async for block in reader:
             await self.write(block)
-            if self._config.coalesce_ms:
-                await asyncio.sleep(self._config.coalesce_ms / 1000)
 
     def reset(self) -> None:
         """Break the answer off."""
-        if self._delivery is not None:
-            self._deliveries.pump.detach(self._delivery)
+        if self._detach is not None:
+            self._detach()
         if self._request.transport is not None:  # asyncio's takes no orders once it is closed
             _reset_connection(self._transport)
 
@@ -177,6 +187,7 @@ class Sender:
         self._transport.set_write_buffer_limits(high=0)
         await self._response.write_eof()
         self._check_open()
+        _let_close_reset(self._transport, False)
 
     def _check_open(self) -> None:
         if self._transport.is_closing():
@@ -185,7 +196,7 @@ class Sender:
     def _look_at_progress(self) -> None:
         """Look now and then how much the client has taken; reset it when that is nothing."""
         now = self._loop.time()
-        unsent = self._transport.get_write_buffer_size()
+        unsent = self._transport.get_write_buffer_size() + _kernel_unsent_bytes(self._transport)
         taken = self._handed_bytes - unsent
         if taken != self._taken_bytes or not unsent:
             self._taken_bytes, self._taken_at = taken, now
@@ -196,15 +207,17 @@ class Sender:
         look_again_in_s = self._config.write_timeout_s / 4
         self._watch = self._loop.call_later(look_again_in_s, self._look_at_progress)
 
+    def _is_chunked(self) -> bool:
+        return self._response.headers.get(hdrs.TRANSFER_ENCODING) == "chunked"
+
     # --- by the pump
 
     def _is_pumpable(self) -> bool:
         """Whether bare chunks on a bare socket are what this answer is made of."""
-        headers = self._response.headers
         return (
             hasattr(_core, "SocketPump")
-            and headers.get(hdrs.TRANSFER_ENCODING) == "chunked"
-            and hdrs.CONTENT_ENCODING not in headers
+            and self._is_chunked()
+            and hdrs.CONTENT_ENCODING not in self._response.headers
             and self._transport.get_extra_info("ssl_object") is None
             and self._transport.get_extra_info("socket") is not None
         )
@@ -223,13 +236,12 @@ class Sender:
             log.warning("a reader is served without the pump: %s", error.strerror)
             self._look_at_progress()
             return False
-        self._delivery = delivery
         try:
             # A handler may be cancelled; what it began is over only when the pump says so.
             await asyncio.shield(done)
         finally:
             self._writer.output_size += delivery.sent_bytes  # the access log's
-        self._delivery = None
+        self._detach = None
         self._raise_loss(delivery.outcome, reader)
         self._look_at_progress()
         return True
@@ -248,6 +260,7 @@ class Sender:
         except BaseException:
             waker.forget(token)
             raise
+        self._detach = functools.partial(pump.detach, delivery)
         done.add_done_callback(lambda _: pump.collect())
         return delivery, done
 
@@ -268,22 +281,36 @@ def _is_short(reader: SessionReader) -> bool:
 
 
 def _bound_connection(transport: asyncio.Transport, config: Config) -> None:
-    """Bound what a client that takes nothing holds, and how long one that is dead stays."""
+    """Bound what a client that takes nothing holds."""
     transport.set_write_buffer_limits(high=_TRANSPORT_BUFFER_BYTES)
     connection = transport.get_extra_info("socket")
-    if connection is None or connection.family not in (socket.AF_INET, socket.AF_INET6):
-        return
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, config.send_buffer_bytes)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        timeout_ms = min(int(config.write_timeout_s * 1000), 2**31 - 1)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
+    if connection is not None and connection.family in (socket.AF_INET, socket.AF_INET6):
+        size_bytes = min(config.send_buffer_bytes, _MAX_INT)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size_bytes)
+
+
+def _kernel_unsent_bytes(transport: asyncio.Transport) -> int:
+    """What the kernel holds for the client: not sent, or not acknowledged; 0 where it doesn't say.
+
+    A slow client makes room for asyncio's next write too rarely to be told from a dead one by that.
+    """
+    connection = transport.get_extra_info("socket")
+    if sys.platform != "linux" or connection is None or connection.fileno() < 0:
+        return 0
+    answer = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4))  # SIOCOUTQ for a socket
+    return int.from_bytes(answer, sys.byteorder)
+
+
+def _let_close_reset(transport: asyncio.Transport, reset: bool) -> None:
+    """Whether the connection's close, by whomever, is a RST: nobody can mistake that for the end of
+    a body, not even a proxy that speaks HTTP/1.0 to us."""
+    connection = transport.get_extra_info("socket")
+    if connection is not None and not transport.is_closing():
+        for_0_s = struct.pack("ii", reset, 0)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, for_0_s)
 
 
 def _reset_connection(transport: asyncio.Transport) -> None:
-    """Drop the connection with a RST: nobody can mistake it for the end of a body, not even a proxy
-    that speaks HTTP/1.0 to us."""
-    connection = transport.get_extra_info("socket")
-    if connection is not None and not transport.is_closing():
-        linger_for_0_s = struct.pack("ii", 1, 0)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_for_0_s)
+    """Drop the connection with a RST."""
+    _let_close_reset(transport, True)
     transport.abort()

@@ -1,7 +1,7 @@
 // One answer: asked for, or taken up again, and put together from its events.
 
 import { attach, submit } from "./pyserve.js";
-import { giveUpIfLost, isLive } from "./store.js";
+import { isLive } from "./store.js";
 
 const UNANSWERED = ["stall", "connection_lost"];
 
@@ -43,10 +43,9 @@ function parse(data) {
  *
  * @param {{ onText(added: { text: string, reasoning: string }): void, onGap(gap: object): void,
  *     onState(status: object): void, onEnd(): void }} listener
- * @returns pyserve.js's handle, or null where there is nothing to follow
+ * @returns pyserve.js's handle
  */
 export function follow(conversation, message, listener) {
-  if (giveUpIfLost(message)) return null;
   const onEvent = ({ data, epoch, offset }) => {
     const { text = "", reasoning = "", finish, error } = parse(data);
     message.text += text;

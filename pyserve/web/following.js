@@ -1,12 +1,15 @@
 // What the page shows and follows now: one conversation, and the one stream that it has.
 
 import { follow } from "./answer.js";
-import { newId, stop } from "./pyserve.js";
-import { isLive, lacks, lastOf, liveOf, merge } from "./store.js";
+import { lookup, newId, stop } from "./pyserve.js";
+import { isLive, isOverdue, lacks, lastOf, liveOf, merge, settle } from "./store.js";
 import { describe } from "./words.js";
 
 const SAVE_MS = 1000;
 const OTHER_TAB_MS = 10_000; // until an answer that another tab asked for is taken over
+const LOOKUP_MS = 3000; // before the server is asked again what became of a question
+const FIRST_STOP_MS = 500; // before the server is told again to stop ...
+const LAST_STOP_MS = 10_000; // ... and at last
 
 const isReading = ({ state }) => state === "streaming" || state === "reattached";
 
@@ -39,11 +42,18 @@ export class Following {
   #handle = null; // ... and pyserve.js's handle for it
   #reattachedAt = null;
   #savedAt = 0;
-  #takingOver = 0; // timer of an answer that another tab asked for
+  #later = 0; // timer: who asked in another tab, or the server, had its time
+  #wasLost = false; // the connection was
+  #left = new Map(); // POSTs without an answer, of conversations that are not shown, by their id
+  #stopAgain = null; // the server could not be told to stop: tell it now
 
-  /** @param {{ store, transcript, announcer, status, onChange(): void }} parts */
-  constructor({ store, transcript, announcer, status, onChange }) {
-    Object.assign(this, { store, transcript, announcer, status, onChange });
+  /**
+   * `onReturn`: the server is another one perhaps, the connection to it was lost.
+   * @param {{ store, transcript, announcer, status, onChange(): void, onReturn(): void }} parts
+   */
+  constructor({ store, transcript, announcer, status, onChange, onReturn }) {
+    Object.assign(this, { store, transcript, announcer, status, onChange, onReturn });
+    addEventListener("online", () => this.#stopAgain?.());
   }
 
   /** The answer that the status line is about. */
@@ -55,8 +65,10 @@ export class Following {
     return isLive(this.answer);
   }
 
-  get isPaused() {
-    return this.#handle?.state === "hidden";
+  /** Whether what becomes of this conversation's answer will be heard here. */
+  hears(id) {
+    if (id !== this.conversation.id) return this.#left.has(id);
+    return this.#handle?.state !== "hidden";
   }
 
   save(options) {
@@ -64,12 +76,54 @@ export class Following {
     this.store.save(this.conversation, options);
   }
 
+  /** How far the answer has come that is followed, if one is. */
+  saveLive() {
+    this.#savedAt = Date.now();
+    if (this.#message) this.store.saveLive(this.conversation.id, this.#message);
+  }
+
   show(conversation) {
-    if (this.isLive) this.save();
+    this.saveLive();
+    this.#leave();
     this.#letGo();
-    this.conversation = conversation;
+    const left = this.#left.get(conversation.id);
+    this.#left.delete(conversation.id);
+    this.conversation = left ? merge(left.conversation, conversation) : conversation;
     this.redraw();
+    if (left && liveOf(this.conversation) === left.message) return this.#take(left);
+    left?.handle.close();
     this.follow();
+  }
+
+  /** Without the head of its answer nobody would know which stream is this question's. */
+  #leave() {
+    if (!this.#handle || this.#message.state !== "sent") return;
+    const left = { conversation: this.conversation, message: this.#message, handle: this.#handle };
+    this.#left.set(this.conversation.id, left);
+    this.#handle = null;
+  }
+
+  /** What was left had news. */
+  #onLeft(message) {
+    const left = [...this.#left.values()].find((one) => one.message === message);
+    if (!left || message.state === "sent") return;
+    this.#left.delete(left.conversation.id);
+    left.handle.close(); // whoever shows the list knows what to do
+    this.store.save(left.conversation);
+    this.onChange();
+  }
+
+  #take({ handle, message }) {
+    this.#handle = handle;
+    this.#message = message;
+    this.onChange();
+    this.#tell(handle.status);
+  }
+
+  /** A conversation is deleted: what answers it shall stop, and what is on its way shall not begin. */
+  stopFor(id) {
+    const handle = this.#left.get(id)?.handle ?? (id === this.conversation.id ? this.#handle : null);
+    (handle ? handle.stop() : stop(id)).catch(() => {});
   }
 
   redraw() {
@@ -77,7 +131,8 @@ export class Following {
   }
 
   #letGo() {
-    clearTimeout(this.#takingOver);
+    clearTimeout(this.#later);
+    this.#stopAgain?.();
     this.#handle?.close();
     this.#handle = this.#message = this.#reattachedAt = null;
     this.announcer.clear();
@@ -88,22 +143,39 @@ export class Following {
     this.#letGo();
     const message = liveOf(this.conversation);
     if (!message) return this.onChange();
+    if (isOverdue(message)) return this.#lookFor(message);
     this.#handle = follow(this.conversation, message, this.#listener(message));
     this.transcript.view(message).update();
-    if (!this.#handle) return this.save(), this.onChange(); // it was given up
     this.#message = message;
     this.onChange();
   }
 
+  /** Nobody heard what came of this question. The server may have it all the same. */
+  async #lookFor(message) {
+    this.onChange();
+    this.status.say("Asking what became of this …", "connecting");
+    const found = await lookup([this.conversation.id]).catch(() => null);
+    if (liveOf(this.conversation) !== message || this.#handle) return; // this is no longer what is shown
+    if (!found) {
+      this.status.say("Lost the connection. Trying again", "retrying");
+      this.#later = setTimeout(() => this.follow(), LOOKUP_MS);
+      return;
+    }
+    settle(this.conversation, message, found);
+    this.save();
+    this.transcript.view(message).update();
+    this.follow();
+  }
+
   #listener(message) {
     const view = () => this.transcript.view(message);
-    const ours = (listen) => (told) => this.#message === message && listen(told);
+    const ours = (listen) => (told) => (this.#message === message ? listen(told) : this.#onLeft(message));
     return {
       onText: ours(({ text, reasoning }) => {
         view().add(text, reasoning);
         if (text) this.announcer.add(text);
         if (view().root.classList.contains("waiting")) view().update();
-        if (Date.now() - this.#savedAt > SAVE_MS) this.save();
+        if (Date.now() - this.#savedAt > SAVE_MS) this.saveLive();
       }),
       onGap: ours((gap) => view().gap(gap)),
       onState: ours((status) => {
@@ -120,10 +192,14 @@ export class Following {
     if (words) this.status.say(words, status.state);
     this.status.countDown(status.state === "retrying" ? status.delayMs : 0);
     if (["streaming", "reattached", "retrying", "hidden"].includes(status.state)) this.save();
+    if (isReading(status) && this.#wasLost) this.onReturn();
+    this.#wasLost = status.state === "retrying" || (this.#wasLost && !isReading(status));
   }
 
   #end(message) {
     this.#handle = this.#message = null;
+    if (message.state === "gone" || this.#wasLost) this.onReturn();
+    this.#wasLost = false;
     this.save();
     this.transcript.view(message).end();
     if (message.state === "completed") this.announcer.end();
@@ -171,7 +247,7 @@ export class Following {
     this.#letGo();
     this.onChange();
     this.status.say("Asked in another tab …", "connecting");
-    this.#takingOver = setTimeout(() => this.follow(), OTHER_TAB_MS);
+    this.#later = setTimeout(() => this.follow(), OTHER_TAB_MS);
   }
 
   /** Ask something. @param {string} text @param {{ model: string?, maxTokens: number? }} options */
@@ -201,14 +277,25 @@ export class Following {
     this.follow();
   }
 
+  /** Until the server has heard it: what is asked of it holds, however often the connection is lost. */
   async stop() {
+    if (this.#stopAgain) return this.#stopAgain();
     this.status.say("Stopping …", "stopping");
     // Kept, so that a tab that is away just now finds the end, too.
-    if (!this.#handle) return stop(this.conversation.id, { keep: true }).catch(() => {}); // another tab asks
-    try {
-      await this.#handle.stop({ keep: true });
-    } catch {
-      if (this.isLive) this.status.say("The server could not be told to stop. Try again", "retrying");
+    const handle = this.#handle;
+    if (!handle) return stop(this.conversation.id, { keep: true }).catch(() => {}); // another tab asks
+    for (let waitMs = FIRST_STOP_MS; this.#handle === handle; waitMs = Math.min(2 * waitMs, LAST_STOP_MS)) {
+      try {
+        return await handle.stop({ keep: true });
+      } catch {
+        if (this.#handle !== handle) return;
+      }
+      this.status.say("The server could not be told to stop. Trying again", "retrying");
+      await new Promise((resolve) => {
+        this.#stopAgain = resolve;
+        setTimeout(resolve, waitMs);
+      });
+      this.#stopAgain = null;
     }
   }
 }

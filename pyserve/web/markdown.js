@@ -31,6 +31,12 @@ function element(name, children = [], attributes = {}) {
 const unescape = (text) => text.replace(/&(amp|lt|gt|quot|#39|nbsp);/g, (_, name) => ENTITIES[name]);
 const nodes = (tokens) => tokens.flatMap(node);
 
+/** Where the line ends begin that stand last before `end`: marked is of two minds whether they are code. */
+function lineEndsFrom(text, end = text.length) {
+  while (text[end - 1] === "\n") end--;
+  return end;
+}
+
 function link(token) {
   if (!SAFE_LINK.test(token.href)) return nodes(token.tokens ?? []);
   const attributes = { href: token.href, rel: "noopener noreferrer nofollow", target: "_blank" };
@@ -80,7 +86,7 @@ function node(token) {
     case "escape":
       return [token.text];
     case "code":
-      return [element("pre", [element("code", [token.text])], { tabindex: "0" })]; // scrolls by keyboard
+      return [element("pre", [element("code", [token.text.slice(0, lineEndsFrom(token.text))])], { tabindex: "0" })]; // scrolls by keyboard
     case "blockquote":
       return [element("blockquote", nodes(token.tokens))];
     case "list":
@@ -213,9 +219,10 @@ export class GrowingText {
   }
 
   /** Make less of the last block; false if that can't be done. */
-  #shorten([token, blank]) {
-    const part = finalPart(token);
-    if (blank?.raw.length > BLANK_CHARS) this.#source = `${token.raw.trimEnd()}\n\n`;
+  #shorten(tokens) {
+    const blank = tokens.at(-1).type === "space" ? tokens.at(-1).raw : "";
+    const part = finalPart(tokens[0]);
+    if (blank.length > BLANK_CHARS) this.#source = `${this.#source.slice(0, -blank.length)}\n\n`;
     else if (part && this.#source.startsWith(part.raw)) this.#finish(part);
     else if (this.#source.length > TOO_LONG_CHARS) this.#grow("as-is", "", BLANK_LINE);
     else return false;
@@ -255,21 +262,20 @@ export class GrowingText {
     const start = this.#isFresh ? 1 : 0;
     const found = this.#until?.ends.exec("\n".repeat(start) + this.#source);
     if (!found) return null;
-    return { at: Math.max(0, found.index - start), behind: found.index + found[0].length - start };
+    const at = lineEndsFrom(this.#source, Math.max(0, found.index - start));
+    return { at, behind: found.index + found[0].length - start };
   }
 
   /** Only the last line can, with more to come, become an end. */
   #heldFrom() {
     const at = this.#source.lastIndexOf("\n");
-    const isLine = at >= 0 || this.#isFresh;
-    return isLine && this.#until.mayEnd.test(this.#source.slice(at + 1)) ? Math.max(0, at) : this.#source.length;
+    const mayEnd = (at >= 0 || this.#isFresh) && this.#until.mayEnd.test(this.#source.slice(at + 1));
+    return mayEnd ? lineEndsFrom(this.#source, Math.max(0, at)) : this.#source.length;
   }
 
-  /** Nothing follows: an end needs no next line, and the last line end of code is none of it. */
+  /** Nothing follows: an end needs no next line. */
   #endGrowing() {
-    const isCode = this.#until && this.#until !== BLANK_LINE;
-    const end = isCode && this.#findEnd();
-    const rest = end ? this.#source.slice(0, end.at) : this.#source;
-    this.#grows.appendData(isCode && !end ? rest.replace(/\n$/, "") : rest);
+    const end = this.#findEnd();
+    this.#grows.appendData(this.#source.slice(0, end ? end.at : lineEndsFrom(this.#source)));
   }
 }

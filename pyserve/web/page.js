@@ -4,14 +4,15 @@ import { Announcer } from "./announcer.js";
 import { follow } from "./answer.js";
 import { blank, Following, newAnswer } from "./following.js";
 import { showList } from "./list.js";
-import { lookup, newId, stop } from "./pyserve.js";
+import { lookup, newId } from "./pyserve.js";
 import { StatusLine } from "./status.js";
-import { giveUpIfLost, lastOf, liveOf, Store } from "./store.js";
+import { isId, isOverdue, lastOf, liveOf, settle, Store } from "./store.js";
 import { nameOf, Transcript } from "./transcript.js";
 import { describeEnding, TROUBLES } from "./words.js";
 
 const POLL_MS = 3000;
 const HIDDEN_POLL_MS = 60_000; // well within the time that a finished stream is kept
+const MODELS_MS = 10_000; // until the server has named its models
 const DEMO_MODEL = "pyserve-demo";
 
 const $ = (id) => document.getElementById(id);
@@ -23,17 +24,21 @@ const following = new Following({
   transcript: new Transcript($("messages"), $("scroller")),
   announcer: new Announcer($("announcer")),
   onChange: showState,
+  onReturn: loadModels,
 });
 const finishing = new Set(); // other conversations whose rest is being fetched
+let isLoadingModels = false;
 
 // --- what is shown
 
 function showState() {
   const { answer, conversation, isLive } = following;
   const last = lastOf(conversation);
+  const focused = document.activeElement;
   $("stop").hidden = !isLive;
   $("send").hidden = isLive;
   $("retry").hidden = isLive || last?.role !== "assistant" || last.state === "completed" || !last.key;
+  if (focused?.hidden) $("prompt").focus(); // or it would be nowhere
   $("welcome").hidden = conversation.messages.length > 0;
   $("title").textContent = conversation.title || "New conversation";
   document.title = conversation.title ? `${conversation.title} – pyserve` : "pyserve";
@@ -87,7 +92,7 @@ function openNew() {
 async function removeConversation(id) {
   const stored = store.load(id);
   store.remove(id);
-  if (stored && liveOf(stored)) stop(id).catch(() => {});
+  if (stored && liveOf(stored)) following.stopFor(id);
   if (id === following.conversation.id) openNew();
   else showConversations();
   $("new").focus();
@@ -104,18 +109,17 @@ function onOtherTab({ chat, meta }) {
 
 /** Which answers of other conversations are over? Their rest is fetched while it is kept. */
 async function poll() {
-  const isElsewhere = (id) => id !== following.conversation.id || following.isPaused;
-  const live = store.list().filter(({ id, live }) => live && isElsewhere(id));
+  const live = store.list().filter(({ id, live }) => live && !following.hears(id));
   const found = live.length && (await lookup(live.map(({ id }) => id)).catch(() => null));
   if (found) {
     const running = new Set(found.filter((one) => !one.is_done).map((one) => one.conversation_id));
-    for (const { id } of live) if (!running.has(id)) finish(id);
+    for (const { id } of live) if (!running.has(id)) finish(id, found);
   }
   setTimeout(poll, document.hidden ? HIDDEN_POLL_MS : POLL_MS);
 }
 
 /** Read the rest of an answer that is over at the server, or learn that it is gone. */
-function finish(id) {
+function finish(id, found) {
   if (id === following.conversation.id) return following.follow(); // a new handle reads before it detaches
   const other = store.load(id);
   const message = other && liveOf(other);
@@ -125,7 +129,8 @@ function finish(id) {
     store.save(other);
     showConversations();
   };
-  if (giveUpIfLost(message)) return done();
+  if (isOverdue(message)) settle(other, message, found);
+  if (message.state === "failed") return done();
   if (message.state !== "streaming") return; // another tab's
   finishing.add(id);
   follow(other, message, { onText() {}, onGap() {}, onState() {}, onEnd: done });
@@ -133,13 +138,25 @@ function finish(id) {
 
 // --- the model
 
+/** At first, and whenever it may be another server's. */
 async function loadModels() {
+  if (isLoadingModels) return;
+  isLoadingModels = true;
+  showModel(await firstModel());
+  isLoadingModels = false;
+}
+
+/** As soon as the server tells; null if there is none. */
+async function firstModel() {
   let wait = 2000;
   for (;;) {
     try {
-      const response = await fetch(new URL("v1/models", import.meta.url), { cache: "no-store" });
-      if (response.status === 404) return ($("model").textContent = "no model");
-      if (response.ok) return showModel((await response.json()).data?.[0]);
+      const response = await fetch(new URL("v1/models", import.meta.url), {
+        cache: "no-store",
+        signal: AbortSignal.timeout(MODELS_MS),
+      });
+      if (response.status === 404) return null;
+      if (response.ok) return (await response.json()).data?.[0];
     } catch {
       // the server is away: it is asked again
     }
@@ -182,11 +199,17 @@ function fitPrompt() {
   prompt.style.height = `${Math.min(prompt.scrollHeight, 200)}px`;
 }
 
+/** What is typed is there again after a reload. */
+function onInput() {
+  fitPrompt();
+  store.draft = $("prompt").value;
+}
+
 function submitPrompt() {
   const text = $("prompt").value;
   if (!text.trim() || following.isLive) return;
   $("prompt").value = "";
-  fitPrompt();
+  onInput();
   history.replaceState(null, "", `#${encodeURIComponent(following.conversation.id)}`);
   following.ask(text, options());
 }
@@ -204,7 +227,7 @@ function bindComposer() {
     event.preventDefault();
     submitPrompt();
   });
-  $("prompt").addEventListener("input", fitPrompt);
+  $("prompt").addEventListener("input", onInput);
   $("prompt").addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
@@ -236,7 +259,8 @@ function bind() {
     event.preventDefault(); // what stands behind # in the address is a conversation
     $("prompt").focus();
   });
-  addEventListener("keydown", ({ key }) => key === "Escape" && onEscape());
+  // Esc within an input method's composition is the method's.
+  addEventListener("keydown", ({ key, isComposing }) => key === "Escape" && !isComposing && onEscape());
   $("new").addEventListener("click", openNew);
   $("open-sidebar").addEventListener("click", openSidebar);
   $("close-sidebar").addEventListener("click", () => {
@@ -244,18 +268,23 @@ function bind() {
     $("open-sidebar").focus();
   });
   $("shade").addEventListener("click", closeSidebar);
+  // The conversation that is shown is in the list, too; choosing it changes no address.
+  $("conversations").addEventListener("click", ({ target }) => target.closest("a") && closeSidebar());
   $("options-form").addEventListener("change", onOptions);
   $("options-form").addEventListener("submit", (event) => event.preventDefault());
   addEventListener("click", ({ target }) => {
     if (!$("options").contains(target)) $("options").open = false;
   });
   addEventListener("hashchange", () => open(idInUrl() ?? newId()));
-  addEventListener("pagehide", () => following.isLive && following.save());
+  document.addEventListener("visibilitychange", () => document.hidden || loadModels());
+  addEventListener("pagehide", () => following.saveLive());
 }
 
+/** Null, too, for what the server would not take. */
 function idInUrl() {
   try {
-    return decodeURIComponent(location.hash.slice(1)) || null;
+    const id = decodeURIComponent(location.hash.slice(1));
+    return isId(id) ? id : null;
   } catch {
     return null;
   }
@@ -265,6 +294,8 @@ const { plain, maxTokens, isDemo } = store.settings;
 $("demo").hidden = !isDemo; // as it was last: nothing shall move when the server says so
 $("plain").checked = plain;
 $("max-tokens").value = maxTokens ?? "";
+$("prompt").value = store.draft;
+fitPrompt();
 bind();
 open(idInUrl() ?? newId());
 loadModels();

@@ -1,7 +1,8 @@
 // Conversations in this browser's localStorage, shared by its tabs.
 //
-// Each has two keys: `chat:<id>`, everything, and `meta:<id>`, what the list shows. There is no
-// index, so two tabs that save at once lose nothing. An answer's text is stored together with the
+// Each has two keys: `chat:<id>`, everything, and `meta:<id>`, what the list shows. While an answer
+// is read, `live:<id>` holds how far it has come: a long history isn't written anew each second.
+// There is no index, so two tabs that save at once lose nothing. An answer's text is stored together with the
 // event id it reaches to, in one write: what a reload finds always fits together. What the browser
 // does not take (it is full, or keeps nothing for this page) stays in this tab's memory.
 //
@@ -17,6 +18,11 @@ const PREFIX = `pyserve:${new URL(".", import.meta.url).pathname}:`;
 // A question whose POST was never answered is asked again with its key only while the server
 // would know the key; later that might answer it twice.
 export const KEY_LIFE_MS = 60_000;
+const ROUNDED_MS = 1000; // the server tells when a stream began in whole seconds
+
+/** Whether the server takes this as a conversation's id. */
+export const isId = (id) =>
+  id !== "" && id !== "." && id !== ".." && !/\p{Cc}/u.test(id) && new TextEncoder().encode(id).length <= 255;
 
 export const isLive = (message) => message?.state === "sent" || message?.state === "streaming";
 export const lastOf = (conversation) => conversation.messages.at(-1);
@@ -26,10 +32,18 @@ export const liveOf = ({ messages }) =>
   messages.findLast(({ state }) => state === "streaming") ?? messages.findLast(isLive);
 
 /** The tab that asked was closed before it had an answer, and nobody will ask with that key. */
-export function giveUpIfLost(message) {
-  const isLost = message?.state === "sent" && message.key && Date.now() - message.sentAt > KEY_LIFE_MS;
-  if (isLost) Object.assign(message, { state: "failed", reason: "unsure" });
-  return isLost;
+export const isOverdue = (message) =>
+  message?.state === "sent" && Boolean(message.key) && Date.now() - message.sentAt > KEY_LIFE_MS;
+
+/** An overdue message after a lookup: what the server began since, and no answer here is, is its answer. */
+export function settle(conversation, message, found) {
+  const known = new Set(conversation.messages.map(({ epoch }) => epoch));
+  const isAnswer = (stream) =>
+    stream.conversation_id === conversation.id &&
+    !known.has(stream.epoch) &&
+    stream.started_at * 1000 > message.sentAt - ROUNDED_MS;
+  const answer = found.find(isAnswer);
+  Object.assign(message, answer ? { state: "streaming", epoch: answer.epoch } : { state: "failed", reason: "unsure" });
 }
 
 /** Which of two versions of a message has come further: a retry, an ending, more text. */
@@ -145,7 +159,11 @@ export class Store {
   load(id) {
     const unkept = parse(this.#unkept.get(`chat:${id}`));
     const kept = parse(this.#kept?.getItem(`${PREFIX}chat:${id}`));
-    return unkept ? merge(unkept, kept) : kept;
+    const stored = unkept ? merge(unkept, kept) : kept;
+    const live = this.#read(`live:${id}`);
+    if (stored && live)
+      stored.messages = stored.messages.map((message) => (message.id === live.id ? further(live, message) : message));
+    return stored;
   }
 
   /** Stores what this tab knows together with what others stored. */
@@ -157,14 +175,40 @@ export class Store {
     const meta = { title: merged.title, created: merged.created, live: Boolean(liveOf(merged)) };
     this.#write(`chat:${merged.id}`, merged);
     this.#write(`meta:${merged.id}`, meta);
+    this.#remove(`live:${merged.id}`);
+  }
+
+  /** Stores how far this answer of a stored conversation has come. */
+  saveLive(id, message) {
+    const name = `chat:${id}`;
+    if (this.#unkept.has(name) || (this.#kept && PREFIX + name in this.#kept)) this.#write(`live:${id}`, message);
   }
 
   remove(id) {
-    for (const name of [`chat:${id}`, `meta:${id}`]) {
-      this.#unkept.delete(name);
-      this.#kept?.removeItem(PREFIX + name);
-    }
+    for (const kind of ["chat", "meta", "live"]) this.#remove(`${kind}:${id}`);
     this.#keep();
+  }
+
+  #remove(name) {
+    this.#unkept.delete(name);
+    this.#kept?.removeItem(PREFIX + name);
+  }
+
+  /** What is typed in this tab and not sent. */
+  get draft() {
+    try {
+      return sessionStorage.getItem(`${PREFIX}draft`) ?? "";
+    } catch {
+      return "";
+    }
+  }
+
+  set draft(text) {
+    try {
+      sessionStorage.setItem(`${PREFIX}draft`, text);
+    } catch {
+      // it is lost with a reload
+    }
   }
 
   get settings() {

@@ -147,10 +147,18 @@ export class Transcript {
         ? before.get(message.id)
         : new MessageView(message, plain, () => this.#stick());
     this.#views = new Map(messages.map((message) => [message.id, viewOf(message)]));
-    this.root.replaceChildren(...[...this.#views.values()].map((view) => view.root));
+    this.#place([...this.#views.values()].map((view) => view.root));
     [this.#shown, this.#plain] = [id, plain];
     if (!isSame) this.#atBottom = true;
     this.#stick();
+  }
+
+  /** What stands where it belongs is not touched: a long history would be laid out anew. */
+  #place(roots) {
+    const { children } = this.root;
+    for (const [i, root] of roots.entries())
+      if (children[i] !== root) this.root.insertBefore(root, children[i] ?? null);
+    while (children.length > roots.length) this.root.lastElementChild.remove();
   }
 
   view(message) {

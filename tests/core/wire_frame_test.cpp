@@ -45,6 +45,27 @@ std::string left_after(const WireFrame& frame, size_t sent_bytes) {
 constexpr size_t kCopyBelow = WireFrame::kCopyBelowBytes;
 const size_t kSizes[] = {1, 2, 9, 10, 15, 16, 17, 255, 256, 300, 4095, 4096, 4097, 65'536};
 
+TEST_CASE("the copy of what is left is the same bytes, in memory of its own") {
+  test::Random random(2);
+  for (const size_t size : kSizes) {
+    CAPTURE(size);
+    const auto pool = test::make_pool();
+    auto whole = std::make_unique<WireFrame>(700, make_piece(random.text(size), pool));
+    for (const size_t sent : {size_t{0}, size_t{1}, whole->size_bytes() / 2}) {
+      const WireFrame rest(*whole, sent);
+      CHECK(left_after(rest, 0) == left_after(*whole, sent));
+      CHECK(left_after(rest, 1) == left_after(*whole, sent + 1));
+      CHECK(rest.size_bytes() == whole->size_bytes() - sent);
+      CHECK(rest.offset() == 700);
+      CHECK(rest.body_bytes() == size);
+    }
+    const WireFrame rest(*whole, 1);
+    whole.reset();
+    CHECK(pool->used_bytes() == 0);
+    CHECK(left_after(rest, 0).size() == rest.size_bytes());
+  }
+}
+
 TEST_CASE("a frame is the size in hex, the bytes, and two line ends") {
   test::Random random(1);
   for (const size_t size : kSizes) {

@@ -215,6 +215,33 @@ async def test_a_half_closed_clients_body_has_no_clean_end(serve: Serve) -> None
     session.finalize()
 
 
+@pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
+async def test_over_http_1_0_a_half_closed_client_is_reset(serve: Serve) -> None:
+    server = await serve(heartbeat_interval_s=0.05)
+    session = server.manager.create_or_replace("c")
+    session.append(token("a"))
+    response = await server.open("GET", READ, version="1.0")
+    await response.read_until(b"\n\n")
+    response.connection.socket.shutdown(socket.SHUT_WR)
+    await response.read_to_end()
+    assert response.end == "reset"  # a FIN would be the body's end
+    session.finalize()
+
+
+async def test_a_slow_client_with_a_small_buffer_is_not_taken_for_dead(serve: Serve) -> None:
+    server = await serve(write_timeout_s=0.4)
+    session = filled(server, 900_000)
+    session.finalize()
+    connection, response = await slow_reader(server)
+    loop = asyncio.get_running_loop()
+    until_s = loop.time() + 1.5
+    while loop.time() < until_s:  # far less than what makes room for a write
+        await response.read_more()
+        await asyncio.sleep(0.02)
+    assert response.end is None
+    connection.reset()
+
+
 async def test_a_thousand_readers_that_come_and_go_leave_nothing_behind(serve: Serve) -> None:
     server = await serve(heartbeat_interval_s=0.05)
     session = server.manager.create_or_replace("c")

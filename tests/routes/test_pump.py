@@ -357,7 +357,6 @@ async def test_the_access_log_tells_the_bytes_that_went_over_the_wire(
     await runner.cleanup()
 
 
-@pytest.mark.usefixtures("delivery_path")
 async def test_coalesce_ms_bounds_how_often_a_stream_is_sent(serve: Serve) -> None:
     server = await serve(coalesce_ms=100)
     session = server.manager.create_or_replace("c")
@@ -398,3 +397,34 @@ async def test_one_thread_serves_all_streams_and_ends_with_the_server(
         assert texts_of(await reader.read_to_end()) == ["a", "shutdown"]
         assert reader.end == "clean"
     await until(lambda: pump_threads() == 0)
+
+
+@pytest.mark.parametrize("ending", ["completed", "shutdown"])
+async def test_coalesce_ms_holds_back_no_end(serve: Serve, ending: str) -> None:
+    server = await serve(coalesce_ms=3_600_000)
+    session = server.manager.create_or_replace("c")
+    response = await server.open("GET", READ)
+    session.append(token("a"))
+    await response.read_until(b"\n\n")
+    session.append(token("b"))
+    if ending == "completed":
+        session.finalize()
+    else:
+        await server.runner.cleanup()
+    texts = texts_of(await response.read_to_end())
+    assert texts[:2] == ["a", "b"]
+    assert texts[2:] == ([] if ending == "completed" else ["shutdown"])
+    assert response.end == "clean"
+
+
+async def test_coalesce_ms_does_not_pace_a_replay(serve: Serve) -> None:
+    server = await serve(coalesce_ms=3_600_000)
+    session = server.manager.create_or_replace("c")
+    for number in range(1000):
+        session.append(token(f"{number}" * 200))
+    response = await server.open("GET", READ)
+    while len(response.body) < session.total_size:
+        await response.read_more()
+    session.finalize()
+    await response.read_to_end()
+    assert response.end == "clean"

@@ -17,6 +17,7 @@ import pyserve.app
 from pyserve import _core
 from pyserve.app import create_app
 from pyserve.delivery import stream_response
+from pyserve.sender import deliveries_of
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(_core, "SocketPump"), reason="there is no pump here"),
@@ -359,3 +360,41 @@ async def test_two_loops_in_two_threads_have_a_pump_each() -> None:
         serve_a_few("here"), asyncio.to_thread(lambda: asyncio.run(serve_a_few("there")))
     )
     await until(lambda: pump_threads() == 0)
+
+
+async def test_when_the_pump_is_closed_under_a_reader_he_is_reset(server: Server) -> None:
+    session = server.manager.create_or_replace("c")
+    session.append(token("a"))
+    response = await server.open("GET", READ)
+    await response.read_until(b"\n\n")
+    deliveries_of(server.manager).close()
+    await response.read_to_end()
+    assert response.end == "reset"
+    session.append(token("b"))
+    again = await server.open("GET", READ)  # with a pump of its own
+    session.finalize()
+    assert texts_of(await again.read_to_end()) == ["a", "b"]
+
+
+async def test_settings_at_their_largest_serve(serve: Serve) -> None:
+    server = await serve(send_buffer_bytes=2**40, write_timeout_s=1e306, coalesce_ms=0)
+    session = server.manager.create_or_replace("c")
+    session.append(token("a"))
+    response = await server.open("GET", READ)
+    await response.read_until(b"\n\n")
+    session.finalize()
+    assert texts_of(await response.read_to_end()) == ["a"]
+
+
+async def test_readers_that_block_hold_no_memory_of_the_log(serve: Serve) -> None:
+    server = await serve(max_session_bytes=200_000, send_buffer_bytes=4096)
+    session = server.manager.create_or_replace("c")
+    for _ in range(20):
+        for _ in range(80):
+            session.append(token("x" * 900))
+        connection = await server.connect(receive_buffer_bytes=4096)
+        await connection.send(request_bytes("GET", READ + "?from=earliest"))
+        await connection.response()
+    await until(lambda: server.manager.used_bytes < 200_000 + 3 * 65536)
+    assert session.snapshot().readers > 10  # some were overtaken before they blocked
+    session.finalize()

@@ -37,6 +37,22 @@ RECORD = """
     });
 """
 
+# As if the tab that asked had been closed two minutes ago, before its question had an answer.
+CLOSED_EARLY = """
+    (id) => {
+      const sentAt = Date.now() - 120_000;
+      const messages = [
+        { id: "q", role: "user", sentAt, text: "did it arrive?" },
+        { id: "a", role: "assistant", attempt: 0, key: "k", sentAt, state: "sent", offset: 0,
+          text: "", reasoning: "", gaps: [] },
+      ];
+      const chat = { id, title: "lost", created: sentAt, updated: sentAt, messages };
+      const meta = { title: "lost", created: sentAt, live: true };
+      localStorage.setItem(`pyserve:/:chat:${id}`, JSON.stringify(chat));
+      localStorage.setItem(`pyserve:/:meta:${id}`, JSON.stringify(meta));
+    }
+"""
+
 
 class Chat:
     """One tab with the page."""

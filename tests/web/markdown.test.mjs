@@ -5,6 +5,7 @@ import { test } from "node:test";
 
 import { root } from "./dom.mjs";
 
+const { lexer } = await import("../../pyserve/web/vendor/marked/marked.esm.js");
 const { GrowingText } = await import("../../pyserve/web/markdown.js");
 
 function grow(text, step = text.length, options = { plain: false }) {
@@ -60,6 +61,71 @@ test("HTML is shown as text, and links lead to http, https and mailto only", () 
   assert.ok(!/<(script|img|a)\b/.test(html), html);
   assert.ok(html.includes("&lt;script>alert(1)&lt;/script>"));
   assert.match(grow("[x](https://a.b)").html, /<a href="https:\/\/a.b" rel="noopener noreferrer nofollow"/);
+});
+
+test("what only looks like a fence in the middle of a line ends no code block, wherever it is cut", () => {
+  const opening = "```python\n";
+  const code = `${"x = 1\n".repeat(900)}help = '''Example: `;
+  const rest = ["```\n", "code\n", "'''\n", "  ```` \t\n", "```", "\n"];
+  const target = root();
+  const growing = new GrowingText(target, { plain: false });
+  for (const chunk of [opening, code, ...rest, "\nAfter."]) {
+    growing.append(chunk);
+    growing.flush();
+  }
+  growing.end();
+  assert.deepEqual(target.childNodes.map(({ name }) => name), ["pre", "p"]);
+  assert.equal(target.childNodes[0].textContent, `${code}${rest.slice(0, 4).join("")}`.replace(/\n$/, ""));
+});
+
+test("code blocks are the same however they come, with fences of any kind, open or closed", () => {
+  const pieces = ["```", "````", "~~~", "`", " ", "\t", "\n", "\n", "code", "js"];
+  let seed = 7;
+  const next = (below) => (seed = (seed * 16807) % 2147483647) % below;
+  for (let round = 0; round < 3000; round++) {
+    const mark = ["```", "~~~", "````"][next(3)];
+    const inner = Array.from({ length: next(14) }, () => pieces[next(pieces.length)]).join("");
+    const text = `${mark}js\n${inner}`;
+    const [{ text: code, type }] = lexer(text);
+    assert.equal(type, "code");
+    const whole = grow(text);
+    // Of the line ends at the end of a block marked keeps one, none or all.
+    assert.equal(whole.childNodes[0].textContent, code.replace(/\n+$/, ""), text);
+    for (const step of [1, 2, 3]) assert.equal(shape(grow(text, step)), shape(whole), `${text}, by ${step}`);
+  }
+});
+
+test("while a code block grows, its element stays: focus, selection and scrolling with it", () => {
+  const target = root();
+  const growing = new GrowingText(target, { plain: false });
+  growing.append("Text\n\n```js\nfirst();\n");
+  growing.flush();
+  const [, block] = target.childNodes;
+  const code = block.childNodes[0].childNodes[0];
+  growing.append("second();\n```\nmore");
+  growing.flush();
+  assert.equal(target.childNodes[1], block);
+  assert.equal(block.childNodes[0].childNodes[0], code);
+  assert.equal(block.textContent, "first();\nsecond();");
+});
+
+test("endless spaces and line ends cost no more the longer they go on", () => {
+  for (const [before, blank] of [
+    [`\`\`\`json\n${"1,\n".repeat(2000)}`, " "],
+    [`\`\`\`json\n${"1,\n".repeat(2000)}`, "\n"],
+    ["Here it is:", " "],
+    ["Here it is:", "\n"],
+    ["- one", "\n"],
+    ["", "\n"],
+    ["> quoted", "\n"],
+  ]) {
+    const start = performance.now();
+    const target = grow(before + blank.repeat(60_000) + "end", 100);
+    const took = performance.now() - start;
+    assert.match(target.textContent, /end$/);
+    assert.ok(took < 3000, `${JSON.stringify([before.slice(0, 12), blank])}: ${took} ms for 600 frames`);
+    assert.match(grow(before + blank.repeat(60_000) + "end").textContent, /end$/);
+  }
 });
 
 test("a long code block grows in one element and ends at its fence", () => {

@@ -1,9 +1,10 @@
 // pyserve.js against a real pyserve, whose upstream writes what the test says.
 
 import assert from "node:assert/strict";
+import { readFile } from "node:fs/promises";
 import { test } from "node:test";
 
-import { createClient } from "../../pyserve/web/pyserve.js";
+import { attach, createClient, lookup, streamUrl } from "../../pyserve/web/pyserve.js";
 import { pyserve, recorder, upstream } from "./support.mjs";
 
 async function served(t, ...options) {
@@ -143,4 +144,18 @@ test("the error an upstream gives has words and a status", async (t) => {
   const refused = createClient({ base: client.streamUrl("x").origin });
   const { state, error } = await refused.submit({}, { path: "/v1/no-such-route" }).done;
   assert.deepEqual([state, error.status, error.reason], ["failed", 404, "not_found"]);
+});
+
+test("without a page the ready-made functions say what is missing; nothing is tried for ever", () => {
+  for (const use of [() => attach("x"), () => lookup(["x"]), () => streamUrl("x")])
+    assert.throws(use, /give createClient a base/);
+});
+
+test("a bundle that does not know where it came from asks where its page is", async (t) => {
+  const code = await readFile(new URL("../../pyserve/web/pyserve.js", import.meta.url), "utf8");
+  const bundled = code.replaceAll("import.meta", "({})");
+  globalThis.document = Object.assign(new EventTarget(), { baseURI: "https://example.org/some/page.html" });
+  t.after(() => delete globalThis.document);
+  const own = await import(`data:text/javascript,${encodeURIComponent(bundled)}`);
+  assert.equal(own.streamUrl("x").href, "https://example.org/some/v1/stream?conv_id=x");
 });

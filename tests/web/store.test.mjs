@@ -17,7 +17,7 @@ class Storage {
   }
 }
 globalThis.addEventListener = () => {};
-const { giveUpIfLost, lacks, liveOf, merge, Store } = await import("../../pyserve/web/store.js");
+const { isId, isOverdue, lacks, liveOf, merge, settle, Store } = await import("../../pyserve/web/store.js");
 
 const newStore = (onTrouble = () => {}) => new Store(() => {}, onTrouble);
 
@@ -59,6 +59,23 @@ test("saving keeps what another tab has asked meanwhile", () => {
   store.save(mine);
   assert.deepEqual(store.load("x").messages.map(({ id }) => id), ["q", "a", "q2"]);
   assert.equal(store.load("x").messages[1].offset, 30);
+});
+
+test("how far an answer has come is stored without the history before it, and found with it", () => {
+  const store = newStore();
+  store.save(chat(question, answer({ offset: 10 })), { isNew: true });
+  const whole = () => Object.entries(localStorage).find(([key]) => key.includes(":chat:"))[1];
+  const before = whole();
+  store.saveLive("x", answer({ offset: 20, text: "more" }));
+  assert.equal(whole(), before);
+  assert.deepEqual(newStore().load("x").messages.map(({ offset }) => offset), [undefined, 20]);
+  store.save(chat(question, answer({ offset: 15 }))); // of a tab that is behind
+  assert.equal(newStore().load("x").messages[1].text, "more");
+  store.save(chat(question, answer({ state: "completed", offset: 30 })));
+  assert.ok(!Object.keys(localStorage).some((key) => key.includes(":live:")));
+  store.remove("x");
+  store.saveLive("x", answer({ offset: 40 }));
+  assert.equal(Object.keys(localStorage).length, 0);
 });
 
 test("a conversation that was deleted is not brought back by a tab that still follows it", () => {
@@ -111,14 +128,36 @@ test("a conversation is live while any of its answers is, and what is read comes
   assert.equal(liveOf(chat(first, second)), undefined);
 });
 
-test("a question nobody has an answer to is given up after its key's life, and not before", () => {
-  const sent = (ageMs) => answer({ state: "sent", key: "k", sentAt: Date.now() - ageMs });
-  const [young, old] = [sent(50_000), sent(61_000)];
-  assert.equal(giveUpIfLost(young), false);
-  assert.equal(young.state, "sent");
-  assert.equal(giveUpIfLost(old), true);
-  assert.deepEqual([old.state, old.reason], ["failed", "unsure"]);
-  assert.equal(giveUpIfLost({ ...sent(61_000), state: "streaming" }), false);
+const sent = (ageMs) => answer({ state: "sent", key: "k", sentAt: Date.now() - ageMs });
+
+test("a question nobody has an answer to is overdue after its key's life, and not before", () => {
+  assert.equal(isOverdue(sent(50_000)), false);
+  assert.equal(isOverdue(sent(61_000)), true);
+  assert.equal(isOverdue({ ...sent(61_000), state: "streaming" }), false);
+  assert.equal(isOverdue({ ...sent(61_000), key: null }), false);
+});
+
+test("what the server began since a question was sent is its answer; else nobody is sure", () => {
+  const settled = (...streams) => {
+    const message = sent(61_000);
+    const all = streams.map(([secondsAfter, epoch, id = "x"]) => ({
+      conversation_id: id,
+      epoch,
+      started_at: Math.floor(message.sentAt / 1000 + secondsAfter),
+    }));
+    settle(chat(question, answer({ id: "a0", state: "completed", epoch: "e0" }), message), message, all);
+    return [message.state, message.reason, message.epoch];
+  };
+  assert.deepEqual(settled([0, "e1"]), ["streaming", undefined, "e1"]);
+  assert.deepEqual(settled([30, "e1"]), ["streaming", undefined, "e1"]);
+  for (const other of [[-2, "e1"], [5, "e0"], [5, "e1", "x::model"]])
+    assert.deepEqual(settled(other), ["failed", "unsure", undefined]);
+  assert.deepEqual(settled(), ["failed", "unsure", undefined]);
+});
+
+test("what the server would not take as an id is none", () => {
+  for (const id of ["", ".", "..", "a\nb", "\u007f", "\u0085", "x".repeat(256), "日".repeat(86)]) assert.ok(!isId(id), id);
+  for (const id of ["...", "a/b c::m", "x".repeat(255), "日".repeat(85)]) assert.ok(isId(id), id);
 });
 
 test("what a full storage does not take stays in this tab, is told, and is stored when there is room", () => {

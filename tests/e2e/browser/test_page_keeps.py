@@ -7,7 +7,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
-from chat_page import Chat, until
+from chat_page import CLOSED_EARLY, Chat, until
 from chromium import needs_chromium
 from playwright.async_api import BrowserContext, Page, expect
 
@@ -42,22 +42,6 @@ OVERWRITE = """
       const chat = JSON.parse(text);
       chat.messages.splice(-2);
       localStorage.setItem(key, JSON.stringify(chat));
-    }
-"""
-
-# As if the tab that asked had been closed two minutes ago, before its question had an answer.
-CLOSED_EARLY = """
-    (id) => {
-      const sentAt = Date.now() - 120_000;
-      const messages = [
-        { id: "q", role: "user", sentAt, text: "did it arrive?" },
-        { id: "a", role: "assistant", attempt: 0, key: "k", sentAt, state: "sent", offset: 0,
-          text: "", reasoning: "", gaps: [] },
-      ];
-      const chat = { id, title: "lost", created: sentAt, updated: sentAt, messages };
-      const meta = { title: "lost", created: sentAt, live: true };
-      localStorage.setItem(`pyserve:/:chat:${id}`, JSON.stringify(chat));
-      localStorage.setItem(`pyserve:/:meta:${id}`, JSON.stringify(meta));
     }
 """
 
