@@ -44,7 +44,7 @@ def test_every_route_is_documented() -> None:
     assert passed_through is not None
 
     for resource in app.router.resources():
-        path = resource.canonical.replace("{conversation_id}", "<id>")
+        path = re.sub(r"{\w+}", "<id>", resource.canonical)
         is_file_of_the_page = (ROOT / "pyserve" / "web" / path.lstrip("/")).exists()
         if path not in GET_ROUTES + POST_ROUTES and not is_file_of_the_page:
             assert f"{path}`" in DOCS or f"{path}?" in DOCS, f"{path} is in no document"
