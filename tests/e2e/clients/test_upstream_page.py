@@ -118,7 +118,8 @@ async def test_who_may_not_come_in_gets_no_file(
             raise web.HTTPUnauthorized
         return "ada"
 
-    app = create_app(Config(upstream=upstream.url, ui="upstream"), authenticate=authenticate)
+    config = Config(upstream=upstream.url, ui="upstream", health_interval_s=0)
+    app = create_app(config, authenticate=authenticate)
     async with serving(app) as site:
         assert (await site.fetch(method, path)).status == 401
         assert upstream.exchanges == []
