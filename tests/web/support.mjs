@@ -81,7 +81,9 @@ export async function pyserve(t, upstream, ...options) {
   const python = process.env.PYSERVE_PYTHON ?? "python3";
   let child;
   const start = async (port) => {
-    const command = ["-m", "pyserve.cli", "serve", "--port", port, "--upstream", upstream, ...options];
+    // An upstream of the tests takes every request for a question: it is not asked for its health.
+    const fixed = ["--port", port, "--upstream", upstream, "--health-interval", "0"];
+    const command = ["-m", "pyserve.cli", "serve", ...fixed, ...options];
     child = spawn(python, command, { stdio: ["ignore", "pipe", "inherit"] });
     let output = "";
     for await (const part of child.stdout) {

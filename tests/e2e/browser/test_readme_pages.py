@@ -49,7 +49,7 @@ async def beside_pyserve(upstream: FakeUpstream, page: str) -> AsyncIterator[Cut
         text = f'<!doctype html><link rel="icon" href="data:,">{page}'
         return web.Response(text=text, content_type="text/html")
 
-    app = pyserve.create_app(pyserve.Config(upstream=upstream.url))
+    app = pyserve.create_app(pyserve.Config(upstream=upstream.url, health_interval_s=0))
     app.router.add_get("/mine.html", show)
     async with serving(app) as server, cutting_proxy(server.runner.addresses[0][:2]) as wire:
         yield wire
