@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from abc import abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -233,9 +234,9 @@ class Stream(AsyncIterator[T], Generic[T]):
             self._ending = (match[1], match[2])  # type: ignore[assignment]
         return match is not None
 
+    @abstractmethod
     def _take(self, block: bytes, items: list[Event | Comment]) -> bool:
         """Make items ready; whether that was a step forward."""
-        raise NotImplementedError
 
     # --- attaching
 

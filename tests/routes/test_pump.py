@@ -15,7 +15,7 @@ import trustme
 from aiohttp import web
 from fake_upstream import DONE, SSE_HEAD, FakeUpstream, chunk, token
 from pump_spy import PumpSpy, pump_threads, refuse_hand_overs
-from serving import Connection, Serve, Server, request_bytes, serving, texts_of, until
+from serving import Connection, Serve, Server, log_of, request_bytes, serving, texts_of, until
 
 import pyserve
 from pyserve import _core
@@ -38,16 +38,6 @@ def long_log(server: Server, size_bytes: int = 600_000) -> pyserve.StreamSession
         session.append(token("x" * 900))
     session.finalize()
     return session
-
-
-def log_of(session: pyserve.StreamSession) -> bytes:
-    """All bytes of a log that nothing was dropped from."""
-    reader = session.read_from()
-    log = b""
-    while block := reader.read_ready():
-        log += block
-    reader.close()
-    return log
 
 
 async def finish_reading(server: Server, connection: Connection, count: int) -> None:

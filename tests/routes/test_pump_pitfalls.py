@@ -10,7 +10,17 @@ import pytest
 from aiohttp import web
 from fake_upstream import token
 from pump_spy import PumpSpy, open_descriptors, pump_threads, until_blocked, wait_until_over
-from serving import Connection, Response, Serve, Server, request_bytes, serving, texts_of, until
+from serving import (
+    Connection,
+    Response,
+    Serve,
+    Server,
+    log_of,
+    request_bytes,
+    serving,
+    texts_of,
+    until,
+)
 
 import pyserve
 import pyserve.app
@@ -33,16 +43,6 @@ def filled(server: Server, size_bytes: int = 3_000_000) -> pyserve.StreamSession
     while session.total_size < size_bytes:
         session.append(token(f"{session.total_size} " + "x" * 900))
     return session
-
-
-def log_of(session: pyserve.StreamSession) -> bytes:
-    """All bytes of a log that nothing was dropped from."""
-    reader = session.read_from()
-    log = b""
-    while block := reader.read_ready():
-        log += block
-    reader.close()
-    return log
 
 
 async def stalled(server: Server, pump: PumpSpy, target: str = READ) -> Response:

@@ -316,6 +316,16 @@ def assert_refused(response: Response, reason: str) -> None:
     }
 
 
+def log_of(session: pyserve.StreamSession) -> bytes:
+    """All bytes of a log that nothing was dropped from."""
+    reader = session.read_from()
+    log = b""
+    while block := reader.read_ready():
+        log += block
+    reader.close()
+    return log
+
+
 @dataclass(frozen=True)
 class Event:
     """One event of a log."""
